@@ -1,0 +1,690 @@
+"""`Attention`: softmax(scale · Q Kᵀ + mask), computed only where it is asked for.
+
+The queries and keys of one block over 8 frames of 518×518 take 90 MB; the matrix they stand for
+takes 7.7 GB. So the matrix is never built here unless `dense` (or a torch function, which needs a
+tensor) asks for it, and then only under a limit.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, SupportsIndex, TypeAlias
+
+import torch
+from torch import Tensor
+
+from vistvis import indexing
+from vistvis.indexing import ALL, Taken, take
+from vistvis.errors import CaptureError, DenseLimitError, InputError
+from vistvis.tokens import TokenLayout
+
+Selection: TypeAlias = "SupportsIndex | slice | Sequence[int] | Tensor | None"
+
+DENSE_LIMIT = 2 * 2**30
+# Logits held at once by chunked passes. 32 MiB and one temporary of that size keep the log-sum-exp
+# of any block under 128 MB of extra memory, and a larger chunk is not faster.
+_CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class WindowInfo:
+    """How window attention cuts a picture: what is needed to put weights back in their place.
+
+    The picture's `grid` of tokens, padded to a multiple of `window`, is rolled by `-shift` and cut
+    into windows in reading order; the batch of the attention is `pictures × windows`.
+    `strided` marks the grid attention of MaxViT, whose windows take every n-th token instead.
+    """
+
+    grid: tuple[int, int]
+    window: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+    strided: bool = False
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """Which attention module weights come from, and what their indices mean.
+
+    `frames_in_batch` says that frames are folded into the batch: batch index `b · S + s`.
+    `rope` is False where queries and keys were taken before their rotary embedding on purpose, and
+    None where there is nothing to say. `source` says how they were read: "kernel", "projection",
+    "softmax", "module" or "given".
+    """
+
+    name: str
+    kind: str = "self"
+    block: int | None = None
+    module: str = ""
+    query_layout: TokenLayout | None = None
+    key_layout: TokenLayout | None = None
+    frames_in_batch: bool = False
+    rope: bool | None = None
+    source: str = "given"
+    window: WindowInfo | None = None
+
+    @property
+    def patch_size(self) -> tuple[int, int] | None:
+        """`(height, width)` of a key patch in pixels, where the layout is known."""
+        layout = self.key_layout or self.query_layout
+        return layout.patch_size if layout else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        data = asdict(self)
+        for side in ("query_layout", "key_layout"):
+            layout: TokenLayout | None = getattr(self, side)
+            data[side] = layout.to_dict() if layout else None
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SiteInfo:
+        """The reverse of `to_dict`."""
+        known = dict(data)
+        for side in ("query_layout", "key_layout"):
+            if known.get(side):
+                known[side] = TokenLayout.from_dict(known[side])
+        if known.get("window"):
+            window = known["window"]
+            known["window"] = WindowInfo(
+                tuple(window["grid"]),
+                tuple(window["window"]),
+                tuple(window["shift"]),
+                window["strided"],
+            )
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise InputError(f"not a site description: {error}") from error
+
+
+class Attention:
+    """Attention weights of one site, `(B, h, Nq, Nk)`, computed when they are asked for.
+
+    Parameters
+    ----------
+    query, key
+        `(B, h, Nq, d)` and `(B, h_k, Nk, d)` as they entered the dot product: after projection,
+        norm and rotary embedding, not yet scaled. `h_k` divides `h`: with fewer key heads, each
+        serves `h / h_k` neighbouring query heads, without being copied.
+    scale
+        A number, or `(h,)` for one that differs by head. Default `d ** -0.5`.
+    mask
+        As in `scaled_dot_product_attention`: broadcastable to `(B, h, Nq, Nk)`; bool, True where a
+        key takes part, or floating, added to the scaled logits. A query without any key has
+        weights of zero.
+    causal
+        Query i sees keys 0…i, counted from the first key also where Nq ≠ Nk.
+    site
+        Where it comes from; carried along, so that nothing downstream has to be told again.
+
+    Weights are float32, or float64 where query or key is; queries and keys stay in their own dtype.
+    Indexing follows torch (`attention[0, 3, 500]` is one row) and returns real tensors. Any torch
+    function, tensor method or `np.asarray` builds the dense matrix, under the limit of `dense`.
+
+    Raises
+    ------
+    InputError
+        If shapes, dtypes or devices do not fit together.
+
+    Notes
+    -----
+    With N tokens, h heads of width d: one row costs N·h·d multiply-adds, one column, after the
+    log-sum-exp is known, the same. The log-sum-exp costs N²·h·d once and is kept, `(B, h, Nq)`.
+    The formula is Vaswani et al., "Attention Is All You Need", section 3.2.1.
+    """
+
+    def __init__(
+        self,
+        *,
+        query: Tensor,
+        key: Tensor,
+        scale: float | Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        site: SiteInfo | None = None,
+    ) -> None:
+        _check_pair(query, key)
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        self.query: Tensor | None = query
+        self.key: Tensor | None = key
+        self.scale: float | Tensor = query.shape[-1] ** -0.5 if scale is None else scale
+        if isinstance(self.scale, Tensor):
+            self.scale = _checked_scale(self.scale, shape[1]).to(query.device)
+        self.mask = None if mask is None else _checked_mask(mask, shape, query.device)
+        self.causal = bool(causal)
+        self.weights: Tensor | None = None
+        self._setup(shape, site, query, key)
+
+    @classmethod
+    def from_weights(cls, weights: Tensor, *, site: SiteInfo | None = None) -> Attention:
+        """Attention of a source that only ever had weights, `(B, h, Nq, Nk)`.
+
+        The weights are taken as they are: rows of talking heads, say, need not sum to 1.
+
+        Raises
+        ------
+        InputError
+            If `weights` is not a floating tensor of four dimensions.
+        """
+        if not isinstance(weights, Tensor) or weights.ndim != 4 or not weights.is_floating_point():
+            raise InputError(
+                f"weights are a floating tensor (B, h, Nq, Nk), got {_describe(weights)}"
+            )
+        self = cls.__new__(cls)
+        self.query = self.key = self.mask = None
+        self.scale, self.causal, self.weights = 1.0, False, weights
+        batch, heads, queries, keys = weights.shape
+        self._setup((batch, heads, queries, keys), site, weights)
+        return self
+
+    def _setup(
+        self, shape: tuple[int, int, int, int], site: SiteInfo | None, *held: Tensor
+    ) -> None:
+        self._shape = torch.Size(shape)
+        self.site = site
+        self._log_sum_exp: Tensor | None = None
+        # Later code may write into what it handed to the kernel; then the weights would be wrong
+        # without a sign. Tensors made under inference_mode keep no version: capture copies those.
+        self._held = [(t, t._version) for t in held if not t.is_inference()]
+
+    # -- what it is ----------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(B, h, Nq, Nk)`."""
+        return self._shape
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """As `torch.Tensor.size`."""
+        return self._shape if dim is None else self._shape[dim]
+
+    def dim(self) -> int:
+        return 4
+
+    def numel(self) -> int:
+        return math.prod(self._shape)
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of computed weights: float32, or float64 for float64 queries and keys."""
+        return torch.float64 if self._first.dtype == torch.float64 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: Q, K, mask and, once computed, the log-sum-exp (or the weights)."""
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    @property
+    def num_heads(self) -> int:
+        return self._shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key head; 1 without grouped heads."""
+        return 1 if self.key is None else self._shape[1] // self.key.shape[1]
+
+    @property
+    def _first(self) -> Tensor:
+        first = self.query if self.weights is None else self.weights
+        assert first is not None
+        return first
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for item in (self.query, self.key, self.mask, self.weights, self._log_sum_exp, self.scale):
+            if isinstance(item, Tensor):
+                yield item
+
+    def __repr__(self) -> str:
+        batch, heads, queries, keys = self._shape
+        name = f"{self.site.name!r}, " if self.site else ""
+        parts = [f"{name}batch {batch}, heads {heads}, queries {queries}, keys {keys}"]
+        parts.append("given weights" if self.weights is not None else f"Q and K {self._first.dtype}")
+        if self.groups > 1:
+            parts.append(f"{heads // self.groups} key heads")
+        if self.causal:
+            parts.append("causal")
+        if self.mask is not None:
+            parts.append("masked")
+        if self.site and self.site.rope is False:
+            parts.append("WITHOUT rope")
+        held, dense = _bytes_text(self.nbytes), _bytes_text(self._dense_bytes())
+        return f"Attention({', '.join(parts)}; holds {held}, dense would be {dense})"
+
+    # -- making others -------------------------------------------------------------------------
+
+    def with_site(self, site: SiteInfo | None) -> Attention:
+        """The same weights (nothing is copied) from another site description."""
+        other = self.__class__.__new__(self.__class__)
+        other.__dict__.update(self.__dict__)
+        other.site = site
+        return other
+
+    def to(self, *args: Any, **kwargs: Any) -> Attention:
+        """Move or cast as `torch.Tensor.to`, staying lazy. Cost: a copy of Q and K."""
+        self._check_unwritten()
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            if tensor.is_floating_point():
+                return tensor.to(*args, **kwargs)
+            # A bool mask follows the device but keeps its dtype.
+            return tensor.to(tensor.new_empty(0, dtype=torch.float32).to(*args, **kwargs).device)
+
+        if self.weights is not None:
+            weights = moved(self.weights)
+            assert weights is not None
+            return self.from_weights(weights, site=self.site)
+        query, key = moved(self.query), moved(self.key)
+        assert query is not None
+        assert key is not None
+        scale = self.scale.to(query.device) if isinstance(self.scale, Tensor) else self.scale
+        return Attention(
+            query=query,
+            key=key,
+            scale=scale,
+            mask=moved(self.mask),
+            causal=self.causal,
+            site=self.site,
+        )
+
+    def cpu(self) -> Attention:
+        """Q and K in host memory, staying lazy."""
+        return self.to("cpu")
+
+    def detach(self) -> Attention:
+        """Cut from the autograd graph, staying lazy."""
+        other = self.with_site(self.site)
+        for name in ("query", "key", "mask", "weights", "_log_sum_exp"):
+            tensor = getattr(self, name)
+            setattr(other, name, None if tensor is None else tensor.detach())
+        return other
+
+    # -- weights -------------------------------------------------------------------------------
+
+    def rows(
+        self, queries: Selection, *, batch: Selection = None, heads: Selection = None
+    ) -> Tensor:
+        """Weights of chosen queries over all keys.
+
+        Parameters
+        ----------
+        queries, batch, heads
+            An int, slice, list or int tensor; negative counts from the end; None takes all. An int
+            keeps its dimension here (unlike in indexing).
+
+        Returns
+        -------
+        `(B', h', Q, Nk)`; every row sums to 1, or is zero where a mask leaves no key.
+
+        Cost: `B'·h'·Q·Nk·d` multiply-adds; memory of the result and its logits.
+        """
+        self._check_unwritten()
+        # One query of one head is what a click asks for. Kept free of everything that a plain
+        # matrix–vector product would not do either.
+        single = type(queries) is int and type(heads) is int and self.mask is None
+        if single and not self.causal and self.weights is None and type(batch) is int:
+            return self._one_row(batch, heads, queries)  # type: ignore[arg-type]
+        b, h, q = self._select(batch, 0), self._select(heads, 1), self._select(queries, 2)
+        if self.weights is not None:
+            return take(self.weights, b, h, q).to(self.dtype)
+        return _softmax(self._logits(b, h, q, ALL))
+
+    def columns(
+        self, keys: Selection, *, batch: Selection = None, heads: Selection = None
+    ) -> Tensor:
+        """Weights that all queries give to chosen keys.
+
+        Exact: each row's softmax runs over all keys, through its log-sum-exp, which is computed in
+        chunks the first time (`log_sum_exp`) and kept.
+
+        Returns
+        -------
+        `(B', h', Nq, K)`.
+
+        Cost: `B'·h'·Nq·K·d` multiply-adds once the log-sum-exp is known.
+        """
+        self._check_unwritten()
+        b, h, k = self._select(batch, 0), self._select(heads, 1), self._select(keys, 3)
+        return self._block(b, h, ALL, k)
+
+    def log_sum_exp(self, *, progress: bool = False) -> Tensor:
+        """log Σ exp(logits) of every row, `(B, h, Nq)`; −inf for a row without any key. Kept.
+
+        Cost: `B·h·Nq·Nk·d` multiply-adds the first time, in chunks of a few tens of megabytes.
+
+        Raises
+        ------
+        InputError
+            For attention made from weights, which has no logits.
+        """
+        self._check_unwritten()
+        self._need_logits("log-sum-exps")
+        if self._log_sum_exp is not None:
+            return self._log_sum_exp
+        values = self._chunked_log_sum_exp(ALL, ALL, ALL, progress=progress)
+        if not values.requires_grad:  # a kept graph would serve one backward pass only
+            self._log_sum_exp = values
+        return values
+
+    def logits(
+        self, queries: Selection, *, batch: Selection = None, heads: Selection = None
+    ) -> Tensor:
+        """What enters the softmax, `scale · q·k + mask`, `(B', h', Q, Nk)`: not weights."""
+        self._check_unwritten()
+        self._need_logits("logits")
+        b, h, q = self._select(batch, 0), self._select(heads, 1), self._select(queries, 2)
+        return self._logits(b, h, q, ALL)
+
+    def dense(self, *, max_bytes: int = DENSE_LIMIT) -> Tensor:
+        """The whole matrix, `(B, h, Nq, Nk)`.
+
+        Raises
+        ------
+        DenseLimitError
+            If it would be larger than `max_bytes` (default 2 GiB).
+        """
+        self._check_unwritten()
+        if self._dense_bytes() > max_bytes:
+            raise DenseLimitError(
+                f"the dense matrix {tuple(self._shape)} takes {_bytes_text(self._dense_bytes())}, "
+                f"more than the limit of {_bytes_text(max_bytes)}. Take what you need: "
+                f"rows(queries), columns(keys), attention[batch, head, query] — or "
+                f"dense(max_bytes=…) if it does fit in memory"
+            )
+        if self.weights is not None:
+            return self.weights.to(self.dtype)
+        # Written block by block into one buffer, so that the peak is the result and a chunk; but
+        # autograd needs the plain expression.
+        if torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors()):
+            return _softmax(self._logits(ALL, ALL, ALL, ALL))
+        out = torch.empty(self._shape, dtype=self.dtype, device=self.device)
+        batch, heads, queries, _ = self._shape
+        for piece in indexing.chunks((batch, heads, queries), self._rows_at_once()):
+            out[piece] = _softmax(self._logits(*piece, ALL))
+        return out
+
+    def __getitem__(self, index: Any) -> Tensor:
+        self._check_unwritten()
+        plan = indexing.plan(index, tuple(self._shape), self.device)
+        b, h, q, k = plan.take
+        size = math.prod(plan.taken_shape) * torch.finfo(self.dtype).bits // 8
+        if size > DENSE_LIMIT:
+            raise DenseLimitError(
+                f"this index needs a block of {plan.taken_shape}, {_bytes_text(size)}, more than "
+                f"the limit of {_bytes_text(DENSE_LIMIT)}; take fewer queries, or loop over them"
+            )
+        return self._block(b, h, q, k)[plan.rest]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[b] for b in range(self._shape[0]))
+
+    # -- as a tensor ---------------------------------------------------------------------------
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        def real(value: Any) -> Any:
+            if isinstance(value, Attention):
+                return value.dense()
+            if isinstance(value, (list, tuple)) and any(isinstance(v, Attention) for v in value):
+                return type(value)(real(v) for v in value)
+            return value
+
+        return func(*map(real, args), **{k: real(v) for k, v in (kwargs or {}).items()})
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        if copy is False:
+            raise ValueError("attention weights are computed when asked for: a copy can't be avoided")
+        array = self.dense().detach().cpu().numpy()
+        return array if dtype is None else array.astype(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for names this class does not have: tensor methods such as `.mean(1)`.
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"Attention has no attribute {name!r}")
+        if name.endswith("_") or callable(getattr(Tensor, name)) is False:
+            raise AttributeError(
+                f"Attention has no {name!r}; its weights are computed when asked for. "
+                "Use .dense() for a tensor"
+            )
+        return functools.partial(self._tensor_method, name)
+
+    def _tensor_method(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.dense(), name)(*args, **kwargs)
+
+    # -- how it is computed --------------------------------------------------------------------
+
+    def _one_row(self, batch: int, head: int, query: int) -> Tensor:
+        sizes = zip((batch, head, query), self._shape, indexing.DIMENSIONS, strict=False)
+        b, h, q = (indexing.whole(*size) for size in sizes)
+        assert self.query is not None
+        assert self.key is not None
+        # The scale goes on q: d multiplications in place of N.
+        vector = self.query[b, h, q].to(self.dtype)
+        vector = vector * (self.scale[h] if isinstance(self.scale, Tensor) else self.scale)
+        logits = torch.mv(self.key[b, h // self.groups].to(self.dtype), vector)
+        return torch.softmax(logits, 0).view(1, 1, 1, -1)
+
+    def _select(self, selection: Selection, dim: int) -> Taken:
+        return indexing.taken(selection, self._shape[dim], indexing.DIMENSIONS[dim], self.device)
+
+    def _count(self, *selections: Taken) -> int:
+        sizes = zip(selections, self._shape, strict=False)
+        return math.prod(indexing.length(selection, size) for selection, size in sizes)
+
+    def _logits(self, b: Taken, h: Taken, q: Taken, k: Taken) -> Tensor:
+        """scale · Q Kᵀ + mask of a block, `(B', h', Q, K)`."""
+        assert self.query is not None
+        assert self.key is not None
+        query = take(self.query, b, h, q).to(self.dtype)
+        key = take(self.key, b, self._key_heads(h), k).to(self.dtype)
+        scale = take(self.scale, h).view(-1, 1, 1) if isinstance(self.scale, Tensor) else self.scale
+        # Scaling costs a copy of what is scaled, so the shorter side takes it (a column has one
+        # key); with grouped heads only queries have a scale of their own for each head.
+        if key.shape[2] < query.shape[2] and self.groups == 1:
+            key = key * scale
+        else:
+            query = query * scale
+        logits = _products(query, key)
+        if self.causal:
+            places = torch.arange(max(self._shape[2:]), device=self.device)
+            rows, columns = take(places[: self._shape[2]], q), take(places[: self._shape[3]], k)
+            logits = logits.masked_fill(columns > rows[:, None], -math.inf)
+        if self.mask is not None:
+            mask = take(self.mask.expand(self._shape), b, h, q, k)
+            if mask.dtype == torch.bool:
+                logits = logits.masked_fill(~mask, -math.inf)
+            else:
+                logits = logits + mask.to(self.dtype)
+        return logits
+
+    def _key_heads(self, h: Taken) -> Taken:
+        if self.groups == 1 or h == ALL:
+            return h  # all heads: `_products` pairs the groups without copying keys
+        return torch.arange(self._shape[1], device=self.device)[h] // self.groups
+
+    def _block(self, b: Taken, h: Taken, q: Taken, k: Taken) -> Tensor:
+        """Weights `(B', h', Q, K)`; softmax goes over all keys, whatever `k` is."""
+        if self.weights is not None:
+            return take(self.weights, b, h, q, k).to(self.dtype)
+        known = self._log_sum_exp is not None
+        if isinstance(k, slice) and k == ALL:
+            return _softmax(self._logits(b, h, q, ALL))
+        if not known and self._count(b, h, q) <= self._rows_at_once():
+            return take(_softmax(self._logits(b, h, q, ALL)), ALL, ALL, ALL, k)
+        if known or self._count(b, h, q) == math.prod(self._shape[:3]):
+            lse = take(self.log_sum_exp(), b, h, q)
+        else:
+            lse = self._chunked_log_sum_exp(b, h, q)
+        # A row without any key has lse = −inf; its logits are −inf too, and exp(−inf − 0) = 0.
+        lse = lse.masked_fill(lse == -math.inf, 0.0)
+        return self._logits(b, h, q, k).sub_(lse.unsqueeze(-1)).exp_()
+
+    def _chunked_log_sum_exp(
+        self, b: Taken, h: Taken, q: Taken, *, progress: bool = False
+    ) -> Tensor:
+        sizes = (self._count(b), indexing.length(h, self._shape[1]))
+        counts = (*sizes, indexing.length(q, self._shape[2]))
+        out = torch.empty(counts, dtype=self.dtype, device=self.device)
+        steps = indexing.chunks(counts, self._rows_at_once())
+        for piece in _progress(steps, "log-sum-exp", progress):
+            chosen = [
+                indexing.part(selection, size, chunk)
+                for selection, size, chunk in zip((b, h, q), self._shape, piece, strict=False)
+            ]
+            out[piece] = torch.logsumexp(self._logits(*chosen, ALL), -1)
+        return out
+
+    def _rows_at_once(self) -> int:
+        return max(1, _CHUNK_BYTES // (self._shape[3] * torch.finfo(self.dtype).bits // 8 or 1))
+
+    def _dense_bytes(self) -> int:
+        return math.prod(self._shape) * torch.finfo(self.dtype).bits // 8
+
+    def _need_logits(self, what: str) -> None:
+        if self.weights is not None:
+            raise InputError(
+                f"{what} need queries and keys, and {self._name()} was made from weights alone"
+            )
+
+    def _name(self) -> str:
+        return f"site {self.site.name!r}" if self.site else "this attention"
+
+    def _check_unwritten(self) -> None:
+        for tensor, version in self._held:
+            if tensor._version != version:
+                raise CaptureError(
+                    f"the queries or keys of {self._name()} were written into after they were "
+                    "taken, so its weights would be wrong; clone them first, or capture with "
+                    'keep="cpu"'
+                )
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """Q Kᵀ, `(B, h, Q, K)`; key heads that serve several query heads are not repeated."""
+    if key.shape[1] != query.shape[1]:
+        batch, heads, count, width = query.shape
+        grouped = query.reshape(batch, key.shape[1], -1, width) @ key.transpose(-1, -2)
+        return grouped.reshape(batch, heads, count, key.shape[2])
+    if key.shape[2] == 1:
+        # A batched (N, d) × (d, 1) is up to four times slower than (1, d) × (d, N).
+        return (key @ query.transpose(-1, -2)).transpose(-1, -2)
+    return query @ key.transpose(-1, -2)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension; a row of −inf alone gives zeros (plain softmax: NaN)."""
+    weights = torch.softmax(logits, -1)
+    # The greatest logit of a row tells without looking at every weight of large blocks twice.
+    empty = logits.amax(-1, keepdim=True) == -math.inf if logits.shape[-1] else None
+    if empty is not None and bool(empty.any()):
+        weights = weights.masked_fill(empty, 0.0)
+    return weights
+
+
+def _check_pair(query: Tensor, key: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or not tensor.is_floating_point():
+            raise InputError(
+                f"{name} is a floating tensor (batch, heads, tokens, head_dim), "
+                f"got {_describe(tensor)}"
+            )
+    fits = (
+        query.shape[0] == key.shape[0]
+        and query.shape[3] == key.shape[3]
+        and key.shape[1] > 0
+        and query.shape[1] % key.shape[1] == 0
+    )
+    if not fits:
+        raise InputError(
+            "query (B, h, Nq, d) and key (B, h_k, Nk, d) share B and d, and h_k divides h; got "
+            f"{tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    if query.device != key.device:
+        raise InputError(f"query is on {query.device} and key on {key.device}; move one")
+
+
+def _checked_scale(scale: Tensor, heads: int) -> Tensor:
+    if scale.numel() == 1:
+        scale = scale.reshape(1).expand(heads)
+    elif scale.numel() == heads:
+        scale = scale.reshape(heads)
+    else:
+        raise InputError(
+            f"scale is one number, or one for each of the {heads} heads, got {tuple(scale.shape)}"
+        )
+    return scale
+
+
+def _checked_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise InputError(
+            "a mask is bool (True where a key takes part) or floating (added to the logits), "
+            f"got {_describe(mask)}"
+        )
+    try:
+        mask.expand(shape)
+    except RuntimeError as error:
+        raise InputError(
+            f"the mask {tuple(mask.shape)} must broadcast to (B, h, Nq, Nk) = {shape}"
+        ) from error
+    return mask.to(device)
+
+
+def _progress(steps: list[Any], label: str, shown: bool) -> Any:
+    if not shown:
+        return steps
+    from tqdm.auto import tqdm
+
+    return tqdm(steps, desc=label, leave=False)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _bytes_text(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GB"
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operate(self: Attention, *args: Any) -> Any:
+        return self._tensor_method(name, *args)
+
+    operate.__name__ = operate.__qualname__ = name
+    return operate
+
+
+# Python looks operators up on the class, past `__getattr__`.
+for _name in (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("radd", "rsub", "rmul", "rtruediv", "rpow", "rmatmul"),
+    *("neg", "abs", "lt", "le", "gt", "ge"),
+):
+    setattr(Attention, f"__{_name}__", _operator(f"__{_name}__"))

@@ -1,0 +1,358 @@
+"""Where a token is: sequence index ↔ frame, special or patch, grid cell, pixel box.
+
+A sequence holds `frames` pictures one after the other. Each picture contributes its special tokens
+first (camera, register, cls, …) and then its patches in reading order:
+
+    frame 0                          frame 1
+    camera register… patch patch …   camera register… patch patch …
+
+With P tokens per frame, the token at place t of frame f has the absolute index `f * P + t`. Frame
+attention counts within one frame; global attention counts absolutely.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
+
+from vistvis.errors import LayoutError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    Row = TypeVar("Row", torch.Tensor, np.ndarray[Any, Any])
+
+PATCH = "patch"
+_CORNERS = ("top left", "top right", "bottom left", "bottom right")
+
+
+@dataclass(frozen=True)
+class TokenPlace:
+    """Everything a token index says about where it is.
+
+    `patch`, `row`, `col` and `box` are None for a special token. `box` is `(x0, y0, x1, y1)` in
+    pixels of the picture as the model saw it, `x1` and `y1` exclusive.
+    """
+
+    token: int
+    frame: int
+    token_in_frame: int
+    kind: str
+    patch: int | None = None
+    row: int | None = None
+    col: int | None = None
+    box: tuple[int, int, int, int] | None = None
+
+    @property
+    def is_patch(self) -> bool:
+        return self.patch is not None
+
+    def __str__(self) -> str:
+        where = f"frame {self.frame}, token {self.token_in_frame}"
+        if self.patch is None:
+            return f"token {self.token} ({where}, {self.kind})"
+        return (
+            f"token {self.token} ({where}, patch {self.patch}, grid row {self.row}, col {self.col})"
+        )
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How a sequence of tokens is laid out over pictures.
+
+    Parameters
+    ----------
+    frames
+        Number of pictures S in the sequence.
+    grid
+        `(rows, cols)` of patches in each picture. Never assumed square.
+    special
+        The kind of every special token at the start of a frame, in order, for example
+        `("camera", "register", "register", "register", "register")`. An int n stands for n tokens
+        of kind `"special"`.
+    patch_size
+        `(height, width)` of a patch in pixels; an int means square.
+
+    Raises
+    ------
+    LayoutError
+        If a size is not positive.
+
+    >>> layout = TokenLayout(20, (28, 37), ("camera",) + ("register",) * 4)
+    >>> print(layout.locate(20280))
+    token 20280 (frame 19, token 501, patch 496, grid row 13, col 15)
+    """
+
+    frames: int
+    grid: tuple[int, int]
+    special: tuple[str, ...] = ()
+    patch_size: tuple[int, int] = field(default=(14, 14))
+
+    def __post_init__(self) -> None:
+        # Ints and lists are accepted because they are what configurations and JSON hold.
+        special: Any = self.special
+        if isinstance(special, SupportsIndex):
+            special = ("special",) * operator.index(special)
+        elif isinstance(special, str):
+            special = (special,)
+        patch: Any = self.patch_size
+        if isinstance(patch, SupportsIndex):
+            patch = (patch, patch)
+        object.__setattr__(self, "frames", operator.index(self.frames))
+        object.__setattr__(self, "grid", _pair(self.grid, "grid"))
+        object.__setattr__(self, "special", tuple(str(kind) for kind in special))
+        object.__setattr__(self, "patch_size", _pair(patch, "patch_size"))
+        if self.frames < 1:
+            raise LayoutError(f"a layout has at least one frame, got frames={self.frames}")
+        if PATCH in self.special:
+            raise LayoutError(f"{PATCH!r} names image tokens; give special tokens another kind")
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    @property
+    def num_special(self) -> int:
+        """Special tokens per frame."""
+        return len(self.special)
+
+    @property
+    def patch_start_idx(self) -> int:
+        """The first patch token's place within a frame; the VGGT name of `num_special`."""
+        return len(self.special)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per frame."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """P: special tokens and patches of one frame."""
+        return self.num_special + self.num_patches
+
+    @property
+    def num_tokens(self) -> int:
+        """N = S · P."""
+        return self.frames * self.tokens_per_frame
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """`(H, W)` in pixels that the grid covers."""
+        return self.grid[0] * self.patch_size[0], self.grid[1] * self.patch_size[1]
+
+    # -- token → place -------------------------------------------------------------------------
+
+    def locate(self, token: SupportsIndex) -> TokenPlace:
+        """Say where an absolute token index lies.
+
+        Raises
+        ------
+        LayoutError
+            If `token` is negative or at least `num_tokens`.
+        """
+        token = self._checked(token)
+        frame, in_frame = divmod(token, self.tokens_per_frame)
+        if in_frame < self.num_special:
+            return TokenPlace(token, frame, in_frame, self.special[in_frame])
+        patch = in_frame - self.num_special
+        row, col = divmod(patch, self.grid[1])
+        height, width = self.patch_size
+        box = (col * width, row * height, (col + 1) * width, (row + 1) * height)
+        return TokenPlace(token, frame, in_frame, PATCH, patch, row, col, box)
+
+    def nearest_patch(self, token: SupportsIndex) -> int:
+        """The patch token nearest to `token` in sequence order, within the same frame.
+
+        A special token gives its frame's first patch; an index past the end gives the last patch of
+        the last frame; a negative one the first patch of frame 0.
+        """
+        token = operator.index(token)
+        if token >= self.num_tokens:
+            return self.num_tokens - 1
+        frame, in_frame = divmod(max(token, 0), self.tokens_per_frame)
+        return frame * self.tokens_per_frame + max(in_frame, self.num_special)
+
+    # -- place → token -------------------------------------------------------------------------
+
+    def index(
+        self,
+        *,
+        frame: SupportsIndex = 0,
+        token: SupportsIndex | None = None,
+        patch: SupportsIndex | None = None,
+        row: SupportsIndex | None = None,
+        col: SupportsIndex | None = None,
+        kind: str | None = None,
+        nth: SupportsIndex = 0,
+    ) -> int:
+        """The absolute index of one token, named in exactly one way.
+
+        Name it by `token` (place within its frame), by `patch`, by `row` and `col`, or by the
+        `kind` of a special token (`nth` counts among those of that kind).
+
+        Raises
+        ------
+        LayoutError
+            If the token is named in no way or in two, or does not exist.
+        """
+        ways = [token is not None, patch is not None, row is not None or col is not None, bool(kind)]
+        if sum(ways) != 1 or (row is None) != (col is None):
+            raise LayoutError(
+                "name the token in one way: token=, patch=, row= with col=, or kind=; got "
+                f"token={token}, patch={patch}, row={row}, col={col}, kind={kind!r}"
+            )
+        start = self._within("frame", frame, self.frames) * self.tokens_per_frame
+        if token is not None:
+            return start + self._within("token", token, self.tokens_per_frame)
+        if patch is not None:
+            return start + self.num_special + self._within("patch", patch, self.num_patches)
+        if row is not None and col is not None:
+            y = self._within("row", row, self.grid[0])
+            x = self._within("col", col, self.grid[1])
+            return start + self.num_special + y * self.grid[1] + x
+        places = [place for place, name in enumerate(self.special) if name == kind]
+        if not places:
+            raise LayoutError(
+                f"no special token of kind {kind!r}: this layout has {self._special_text()}"
+            )
+        return start + places[self._within(f"nth {kind}", nth, len(places))]
+
+    def token_at(self, frame: SupportsIndex, x: float, y: float) -> int:
+        """The absolute index of the patch under pixel `(x, y)` of a frame.
+
+        Pixels count in the picture as the model saw it: x to the right, y down, `[0, W) × [0, H)`.
+
+        Raises
+        ------
+        LayoutError
+            If the pixel lies outside the picture, or the frame does not exist.
+        """
+        height, width = self.image_size
+        if not (0 <= x < width and 0 <= y < height):
+            raise LayoutError(f"pixel ({x:g}, {y:g}) lies outside the {width}×{height} picture")
+        row, col = int(y // self.patch_size[0]), int(x // self.patch_size[1])
+        return self.index(frame=frame, row=row, col=col)
+
+    def corner(self, which: str, *, frame: SupportsIndex = 0) -> int:
+        """The patch in a corner: "top left", "top right", "bottom left" or "bottom right"."""
+        if which not in _CORNERS:
+            raise LayoutError(f"no corner {which!r}: it is one of {', '.join(_CORNERS)}")
+        vertical, horizontal = which.split()
+        row = 0 if vertical == "top" else self.grid[0] - 1
+        col = 0 if horizontal == "left" else self.grid[1] - 1
+        return self.index(frame=frame, row=row, col=col)
+
+    def center(self, *, frame: SupportsIndex = 0) -> int:
+        """The patch in the middle of a frame; of two middles, the one further down and right."""
+        return self.index(frame=frame, row=self.grid[0] // 2, col=self.grid[1] // 2)
+
+    # -- rows → pictures -----------------------------------------------------------------------
+
+    def maps(self, row: Row) -> Row:
+        """Lay weights over tokens out as pictures; special tokens are left out.
+
+        Parameters
+        ----------
+        row
+            `(…, N)`: one value for every token of the layout (tensor or array).
+
+        Returns
+        -------
+        `(…, S, rows, cols)`, a view where the memory layout allows.
+
+        Raises
+        ------
+        LayoutError
+            If the last dimension is not `num_tokens`.
+        """
+        if row.ndim < 1 or row.shape[-1] != self.num_tokens:
+            raise LayoutError(
+                f"a row over this layout has {self.num_tokens} values ({self.frames} × "
+                f"{self.tokens_per_frame}), got shape {tuple(row.shape)}"
+            )
+        lead = tuple(row.shape[:-1])
+        framed = row.reshape(*lead, self.frames, self.tokens_per_frame)
+        return framed[..., self.num_special :].reshape(*lead, self.frames, *self.grid)
+
+    def frame_layout(self) -> TokenLayout:
+        """The layout of a single frame: what frame attention sees."""
+        return replace(self, frames=1)
+
+    # -- to and from plain data ----------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and ints, for JSON."""
+        return {
+            "frames": self.frames,
+            "grid": list(self.grid),
+            "special": list(self.special),
+            "patch_size": list(self.patch_size),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TokenLayout:
+        """The reverse of `to_dict`."""
+        try:
+            return cls(data["frames"], data["grid"], tuple(data["special"]), data["patch_size"])
+        except (KeyError, TypeError) as error:
+            raise LayoutError(
+                f"a layout has frames, grid, special and patch_size, got {dict(data)}"
+            ) from error
+
+    @classmethod
+    def from_model(cls, model: nn.Module, images: torch.Tensor) -> TokenLayout:
+        """The layout that a known model gives to a batch of pictures.
+
+        Parameters
+        ----------
+        model
+            A timm, Hugging Face, torchvision or VGGT-like model.
+        images
+            `(B, 3, H, W)`, or `(S, 3, H, W)` / `(B, S, 3, H, W)` for a VGGT-like model.
+
+        Raises
+        ------
+        LayoutError
+            If the model's grid or special tokens are not known; pass a layout by hand then.
+        """
+        from vistvis.sites import layout_from_model
+
+        return layout_from_model(model, images)
+
+    # -- helpers -------------------------------------------------------------------------------
+
+    def _checked(self, token: SupportsIndex) -> int:
+        number = operator.index(token)
+        if not 0 <= number < self.num_tokens:
+            raise LayoutError(
+                f"token {number} is outside 0…{self.num_tokens - 1} ({self.frames} frames of "
+                f"{self.tokens_per_frame} tokens); the last patch is {self.num_tokens - 1}"
+            )
+        return number
+
+    def _within(self, name: str, value: SupportsIndex, size: int) -> int:
+        number = operator.index(value)
+        if not 0 <= number < size:
+            raise LayoutError(f"{name} {number} is outside 0…{size - 1} of {self}")
+        return number
+
+    def _special_text(self) -> str:
+        kinds = list(dict.fromkeys(self.special))
+        return ", ".join(f"{self.special.count(k)} × {k}" for k in kinds) or "no special tokens"
+
+    def __str__(self) -> str:
+        frames = f"{self.frames} frame{'s' if self.frames != 1 else ''}"
+        return f"{frames} of {self.grid[0]}×{self.grid[1]} patches with {self._special_text()}"
+
+
+def _pair(value: Any, name: str) -> tuple[int, int]:
+    try:
+        first, second = (operator.index(part) for part in value)
+    except (TypeError, ValueError) as error:
+        raise LayoutError(f"{name} is two whole numbers, got {value!r}") from error
+    if first < 1 or second < 1:
+        raise LayoutError(f"{name} must be positive, got {first}×{second}")
+    return first, second
