@@ -5,13 +5,10 @@ Importing this package loads neither matplotlib nor timm; what needs them is loa
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from vistvis.attention import Attention as Attention
-from vistvis.attention import SiteInfo as SiteInfo
-from vistvis.attention import WindowInfo as WindowInfo
 from vistvis.errors import VistvisError as VistvisError
 from vistvis.errors import VistvisWarning as VistvisWarning
+from vistvis.siteinfo import SiteInfo as SiteInfo
+from vistvis.siteinfo import WindowInfo as WindowInfo
 from vistvis.tokens import TokenLayout as TokenLayout
 from vistvis.tokens import TokenPlace as TokenPlace

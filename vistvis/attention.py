@@ -10,94 +10,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import Any, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vistvis import indexing
-from vistvis.indexing import ALL, Taken, take
+from vistvis.checks import bytes_text, check_pair, checked_mask, checked_scale, describe
 from vistvis.errors import CaptureError, DenseLimitError, InputError
-from vistvis.tokens import TokenLayout
+from vistvis.indexing import ALL, Taken, take
+from vistvis.siteinfo import SiteInfo
 
 Selection: TypeAlias = "SupportsIndex | slice | Sequence[int] | Tensor | None"
 
 DENSE_LIMIT = 2 * 2**30
-# Logits held at once by chunked passes. 32 MiB and one temporary of that size keep the log-sum-exp
-# of any block under 128 MB of extra memory, and a larger chunk is not faster.
-_CHUNK_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class WindowInfo:
-    """How window attention cuts a picture: what is needed to put weights back in their place.
-
-    The picture's `grid` of tokens, padded to a multiple of `window`, is rolled by `-shift` and cut
-    into windows in reading order; the batch of the attention is `pictures × windows`.
-    `strided` marks the grid attention of MaxViT, whose windows take every n-th token instead.
-    """
-
-    grid: tuple[int, int]
-    window: tuple[int, int]
-    shift: tuple[int, int] = (0, 0)
-    strided: bool = False
-
-
-@dataclass(frozen=True)
-class SiteInfo:
-    """Which attention module weights come from, and what their indices mean.
-
-    `frames_in_batch` says that frames are folded into the batch: batch index `b · S + s`.
-    `rope` is False where queries and keys were taken before their rotary embedding on purpose, and
-    None where there is nothing to say. `source` says how they were read: "kernel", "projection",
-    "softmax", "module" or "given".
-    """
-
-    name: str
-    kind: str = "self"
-    block: int | None = None
-    module: str = ""
-    query_layout: TokenLayout | None = None
-    key_layout: TokenLayout | None = None
-    frames_in_batch: bool = False
-    rope: bool | None = None
-    source: str = "given"
-    window: WindowInfo | None = None
-
-    @property
-    def patch_size(self) -> tuple[int, int] | None:
-        """`(height, width)` of a key patch in pixels, where the layout is known."""
-        layout = self.key_layout or self.query_layout
-        return layout.patch_size if layout else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        data = asdict(self)
-        for side in ("query_layout", "key_layout"):
-            layout: TokenLayout | None = getattr(self, side)
-            data[side] = layout.to_dict() if layout else None
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SiteInfo:
-        """The reverse of `to_dict`."""
-        known = dict(data)
-        for side in ("query_layout", "key_layout"):
-            if known.get(side):
-                known[side] = TokenLayout.from_dict(known[side])
-        if known.get("window"):
-            window = known["window"]
-            known["window"] = WindowInfo(
-                tuple(window["grid"]),
-                tuple(window["window"]),
-                tuple(window["shift"]),
-                window["strided"],
-            )
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise InputError(f"not a site description: {error}") from error
+# Logits held at once by chunked passes. With its temporaries this keeps the log-sum-exp of any
+# block to a few tens of megabytes; larger chunks were measured to be no faster.
+_CHUNK_BYTES = 8 * 2**20
 
 
 class Attention:
@@ -146,14 +75,14 @@ class Attention:
         causal: bool = False,
         site: SiteInfo | None = None,
     ) -> None:
-        _check_pair(query, key)
+        check_pair(query, key)
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         self.query: Tensor | None = query
         self.key: Tensor | None = key
         self.scale: float | Tensor = query.shape[-1] ** -0.5 if scale is None else scale
         if isinstance(self.scale, Tensor):
-            self.scale = _checked_scale(self.scale, shape[1]).to(query.device)
-        self.mask = None if mask is None else _checked_mask(mask, shape, query.device)
+            self.scale = checked_scale(self.scale, shape[1]).to(query.device)
+        self.mask = None if mask is None else checked_mask(mask, shape, query.device)
         self.causal = bool(causal)
         self.weights: Tensor | None = None
         self._setup(shape, site, query, key)
@@ -171,7 +100,7 @@ class Attention:
         """
         if not isinstance(weights, Tensor) or weights.ndim != 4 or not weights.is_floating_point():
             raise InputError(
-                f"weights are a floating tensor (B, h, Nq, Nk), got {_describe(weights)}"
+                f"weights are a floating tensor (B, h, Nq, Nk), got {describe(weights)}"
             )
         self = cls.__new__(cls)
         self.query = self.key = self.mask = None
@@ -252,7 +181,9 @@ class Attention:
         batch, heads, queries, keys = self._shape
         name = f"{self.site.name!r}, " if self.site else ""
         parts = [f"{name}batch {batch}, heads {heads}, queries {queries}, keys {keys}"]
-        parts.append("given weights" if self.weights is not None else f"Q and K {self._first.dtype}")
+        parts.append(
+            "given weights" if self.weights is not None else f"Q and K {self._first.dtype}"
+        )
         if self.groups > 1:
             parts.append(f"{heads // self.groups} key heads")
         if self.causal:
@@ -261,7 +192,7 @@ class Attention:
             parts.append("masked")
         if self.site and self.site.rope is False:
             parts.append("WITHOUT rope")
-        held, dense = _bytes_text(self.nbytes), _bytes_text(self._dense_bytes())
+        held, dense = bytes_text(self.nbytes), bytes_text(self._dense_bytes())
         return f"Attention({', '.join(parts)}; holds {held}, dense would be {dense})"
 
     # -- making others -------------------------------------------------------------------------
@@ -334,15 +265,13 @@ class Attention:
         Cost: `B'·h'·Q·Nk·d` multiply-adds; memory of the result and its logits.
         """
         self._check_unwritten()
-        # One query of one head is what a click asks for. Kept free of everything that a plain
-        # matrix–vector product would not do either.
-        single = type(queries) is int and type(heads) is int and self.mask is None
-        if single and not self.causal and self.weights is None and type(batch) is int:
+        # One query of one head is what a click asks for.
+        if self._is_plain(batch, heads, queries):
             return self._one_row(batch, heads, queries)  # type: ignore[arg-type]
         b, h, q = self._select(batch, 0), self._select(heads, 1), self._select(queries, 2)
         if self.weights is not None:
             return take(self.weights, b, h, q).to(self.dtype)
-        return _softmax(self._logits(b, h, q, ALL))
+        return self._softmax_of(b, h, q)
 
     def columns(
         self, keys: Selection, *, batch: Selection = None, heads: Selection = None
@@ -359,6 +288,8 @@ class Attention:
         Cost: `B'·h'·Nq·K·d` multiply-adds once the log-sum-exp is known.
         """
         self._check_unwritten()
+        if self._log_sum_exp is not None and self._is_plain(batch, heads, keys):
+            return self._one_column(batch, heads, keys)  # type: ignore[arg-type]
         b, h, k = self._select(batch, 0), self._select(heads, 1), self._select(keys, 3)
         return self._block(b, h, ALL, k)
 
@@ -401,8 +332,8 @@ class Attention:
         self._check_unwritten()
         if self._dense_bytes() > max_bytes:
             raise DenseLimitError(
-                f"the dense matrix {tuple(self._shape)} takes {_bytes_text(self._dense_bytes())}, "
-                f"more than the limit of {_bytes_text(max_bytes)}. Take what you need: "
+                f"the dense matrix {tuple(self._shape)} takes {bytes_text(self._dense_bytes())}, "
+                f"more than the limit of {bytes_text(max_bytes)}. Take what you need: "
                 f"rows(queries), columns(keys), attention[batch, head, query] — or "
                 f"dense(max_bytes=…) if it does fit in memory"
             )
@@ -411,22 +342,24 @@ class Attention:
         # Written block by block into one buffer, so that the peak is the result and a chunk; but
         # autograd needs the plain expression.
         if torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors()):
-            return _softmax(self._logits(ALL, ALL, ALL, ALL))
+            return self._softmax_of(ALL, ALL, ALL)
         out = torch.empty(self._shape, dtype=self.dtype, device=self.device)
         batch, heads, queries, _ = self._shape
         for piece in indexing.chunks((batch, heads, queries), self._rows_at_once()):
-            out[piece] = _softmax(self._logits(*piece, ALL))
+            out[piece] = self._softmax_of(*piece)
         return out
 
     def __getitem__(self, index: Any) -> Tensor:
+        if type(index) is tuple and len(index) == 3 and all(type(i) is int for i in index):
+            return self.rows(index[2], batch=index[0], heads=index[1])[0, 0, 0]
         self._check_unwritten()
         plan = indexing.plan(index, tuple(self._shape), self.device)
         b, h, q, k = plan.take
         size = math.prod(plan.taken_shape) * torch.finfo(self.dtype).bits // 8
         if size > DENSE_LIMIT:
             raise DenseLimitError(
-                f"this index needs a block of {plan.taken_shape}, {_bytes_text(size)}, more than "
-                f"the limit of {_bytes_text(DENSE_LIMIT)}; take fewer queries, or loop over them"
+                f"this index needs a block of {plan.taken_shape}, {bytes_text(size)}, more than "
+                f"the limit of {bytes_text(DENSE_LIMIT)}; take fewer queries, or loop over them"
             )
         return self._block(b, h, q, k)[plan.rest]
 
@@ -454,7 +387,9 @@ class Attention:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         if copy is False:
-            raise ValueError("attention weights are computed when asked for: a copy can't be avoided")
+            raise ValueError(
+                "attention weights are computed when asked for: a copy can't be avoided"
+            )
         array = self.dense().detach().cpu().numpy()
         return array if dtype is None else array.astype(dtype)
 
@@ -475,15 +410,36 @@ class Attention:
     # -- how it is computed --------------------------------------------------------------------
 
     def _one_row(self, batch: int, head: int, query: int) -> Tensor:
-        sizes = zip((batch, head, query), self._shape, indexing.DIMENSIONS, strict=False)
-        b, h, q = (indexing.whole(*size) for size in sizes)
+        b, h, q = self._wholes((batch, head, query), (0, 1, 2))
         assert self.query is not None
         assert self.key is not None
         # The scale goes on q: d multiplications in place of N.
-        vector = self.query[b, h, q].to(self.dtype)
-        vector = vector * (self.scale[h] if isinstance(self.scale, Tensor) else self.scale)
+        vector = self.query[b, h, q].to(self.dtype) * self._scale_of(h)
         logits = torch.mv(self.key[b, h // self.groups].to(self.dtype), vector)
         return torch.softmax(logits, 0).view(1, 1, 1, -1)
+
+    def _one_column(self, batch: int, head: int, key: int) -> Tensor:
+        b, h, k = self._wholes((batch, head, key), (0, 1, 3))
+        assert self.query is not None
+        assert self.key is not None
+        assert self._log_sum_exp is not None
+        vector = self.key[b, h // self.groups, k].to(self.dtype) * self._scale_of(h)
+        logits = torch.mv(self.query[b, h].to(self.dtype), vector)
+        return logits.sub_(self._log_sum_exp[b, h]).exp_().view(1, 1, -1, 1)
+
+    def _is_plain(self, *wanted: Any) -> bool:
+        """Single indices into unmasked Q and K: no more work than a matrix–vector product."""
+        plain = self.mask is None and not self.causal and self.weights is None
+        return plain and all(type(number) is int for number in wanted)
+
+    def _wholes(self, numbers: Sequence[int], dims: Sequence[int]) -> Iterator[int]:
+        return (
+            indexing.whole(number, self._shape[dim], indexing.DIMENSIONS[dim])
+            for number, dim in zip(numbers, dims, strict=True)
+        )
+
+    def _scale_of(self, head: int) -> float | Tensor:
+        return self.scale[head] if isinstance(self.scale, Tensor) else self.scale
 
     def _select(self, selection: Selection, dim: int) -> Taken:
         return indexing.taken(selection, self._shape[dim], indexing.DIMENSIONS[dim], self.device)
@@ -518,6 +474,10 @@ class Attention:
                 logits = logits + mask.to(self.dtype)
         return logits
 
+    def _softmax_of(self, b: Taken, h: Taken, q: Taken) -> Tensor:
+        """Weights of whole rows, `(B', h', Q, Nk)`."""
+        return _softmax(self._logits(b, h, q, ALL), masked=self.mask is not None)
+
     def _key_heads(self, h: Taken) -> Taken:
         if self.groups == 1 or h == ALL:
             return h  # all heads: `_products` pairs the groups without copying keys
@@ -529,15 +489,16 @@ class Attention:
             return take(self.weights, b, h, q, k).to(self.dtype)
         known = self._log_sum_exp is not None
         if isinstance(k, slice) and k == ALL:
-            return _softmax(self._logits(b, h, q, ALL))
+            return self._softmax_of(b, h, q)
         if not known and self._count(b, h, q) <= self._rows_at_once():
-            return take(_softmax(self._logits(b, h, q, ALL)), ALL, ALL, ALL, k)
+            return take(self._softmax_of(b, h, q), ALL, ALL, ALL, k)
         if known or self._count(b, h, q) == math.prod(self._shape[:3]):
             lse = take(self.log_sum_exp(), b, h, q)
         else:
             lse = self._chunked_log_sum_exp(b, h, q)
-        # A row without any key has lse = −inf; its logits are −inf too, and exp(−inf − 0) = 0.
-        lse = lse.masked_fill(lse == -math.inf, 0.0)
+        if self.mask is not None:
+            # A row without any key has lse = −inf; its logits are −inf too, and exp(−inf − 0) = 0.
+            lse = lse.masked_fill(lse == -math.inf, 0.0)
         return self._logits(b, h, q, k).sub_(lse.unsqueeze(-1)).exp_()
 
     def _chunked_log_sum_exp(
@@ -548,11 +509,11 @@ class Attention:
         out = torch.empty(counts, dtype=self.dtype, device=self.device)
         steps = indexing.chunks(counts, self._rows_at_once())
         for piece in _progress(steps, "log-sum-exp", progress):
-            chosen = [
+            bs, hs, qs = (
                 indexing.part(selection, size, chunk)
                 for selection, size, chunk in zip((b, h, q), self._shape, piece, strict=False)
-            ]
-            out[piece] = torch.logsumexp(self._logits(*chosen, ALL), -1)
+            )
+            out[piece] = torch.logsumexp(self._logits(bs, hs, qs, ALL), -1)
         return out
 
     def _rows_at_once(self) -> int:
@@ -592,63 +553,12 @@ def _products(query: Tensor, key: Tensor) -> Tensor:
     return query @ key.transpose(-1, -2)
 
 
-def _softmax(logits: Tensor) -> Tensor:
+def _softmax(logits: Tensor, *, masked: bool) -> Tensor:
     """Softmax over the last dimension; a row of −inf alone gives zeros (plain softmax: NaN)."""
     weights = torch.softmax(logits, -1)
-    # The greatest logit of a row tells without looking at every weight of large blocks twice.
-    empty = logits.amax(-1, keepdim=True) == -math.inf if logits.shape[-1] else None
-    if empty is not None and bool(empty.any()):
-        weights = weights.masked_fill(empty, 0.0)
+    if masked:
+        weights = weights.masked_fill(logits.amax(-1, keepdim=True) == -math.inf, 0.0)
     return weights
-
-
-def _check_pair(query: Tensor, key: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key)):
-        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or not tensor.is_floating_point():
-            raise InputError(
-                f"{name} is a floating tensor (batch, heads, tokens, head_dim), "
-                f"got {_describe(tensor)}"
-            )
-    fits = (
-        query.shape[0] == key.shape[0]
-        and query.shape[3] == key.shape[3]
-        and key.shape[1] > 0
-        and query.shape[1] % key.shape[1] == 0
-    )
-    if not fits:
-        raise InputError(
-            "query (B, h, Nq, d) and key (B, h_k, Nk, d) share B and d, and h_k divides h; got "
-            f"{tuple(query.shape)} and {tuple(key.shape)}"
-        )
-    if query.device != key.device:
-        raise InputError(f"query is on {query.device} and key on {key.device}; move one")
-
-
-def _checked_scale(scale: Tensor, heads: int) -> Tensor:
-    if scale.numel() == 1:
-        scale = scale.reshape(1).expand(heads)
-    elif scale.numel() == heads:
-        scale = scale.reshape(heads)
-    else:
-        raise InputError(
-            f"scale is one number, or one for each of the {heads} heads, got {tuple(scale.shape)}"
-        )
-    return scale
-
-
-def _checked_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise InputError(
-            "a mask is bool (True where a key takes part) or floating (added to the logits), "
-            f"got {_describe(mask)}"
-        )
-    try:
-        mask.expand(shape)
-    except RuntimeError as error:
-        raise InputError(
-            f"the mask {tuple(mask.shape)} must broadcast to (B, h, Nq, Nk) = {shape}"
-        ) from error
-    return mask.to(device)
 
 
 def _progress(steps: list[Any], label: str, shown: bool) -> Any:
@@ -657,20 +567,6 @@ def _progress(steps: list[Any], label: str, shown: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(steps, desc=label, leave=False)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    return type(value).__name__
-
-
-def _bytes_text(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GB"
 
 
 def _operator(name: str) -> Callable[..., Any]:

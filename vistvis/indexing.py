@@ -194,5 +194,3 @@ def _checked_list(wanted: Tensor, size: int, name: str) -> Tensor:
     if len(wrong):
         raise IndexOutOfRange(f"{name} {int(wrong[0])} is outside 0…{size - 1}")
     return wanted.remainder(size) if size else wanted
-
-

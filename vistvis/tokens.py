@@ -198,7 +198,12 @@ class TokenLayout:
         LayoutError
             If the token is named in no way or in two, or does not exist.
         """
-        ways = [token is not None, patch is not None, row is not None or col is not None, bool(kind)]
+        ways = [
+            token is not None,
+            patch is not None,
+            row is not None or col is not None,
+            bool(kind),
+        ]
         if sum(ways) != 1 or (row is None) != (col is None):
             raise LayoutError(
                 "name the token in one way: token=, patch=, row= with col=, or kind=; got "

@@ -1,0 +1,73 @@
+"""What `Attention` demands of its tensors, and how sizes are written in messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vistvis.errors import InputError
+
+
+def check_pair(query: Tensor, key: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or not tensor.is_floating_point():
+            raise InputError(
+                f"{name} is a floating tensor (batch, heads, tokens, head_dim), "
+                f"got {describe(tensor)}"
+            )
+    fits = (
+        query.shape[0] == key.shape[0]
+        and query.shape[3] == key.shape[3]
+        and key.shape[1] > 0
+        and query.shape[1] % key.shape[1] == 0
+    )
+    if not fits:
+        raise InputError(
+            "query (B, h, Nq, d) and key (B, h_k, Nk, d) share B and d, and h_k divides h; got "
+            f"{tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    if query.device != key.device:
+        raise InputError(f"query is on {query.device} and key on {key.device}; move one")
+
+
+def checked_scale(scale: Tensor, heads: int) -> Tensor:
+    if scale.numel() == 1:
+        scale = scale.reshape(1).expand(heads)
+    elif scale.numel() == heads:
+        scale = scale.reshape(heads)
+    else:
+        raise InputError(
+            f"scale is one number, or one for each of the {heads} heads, got {tuple(scale.shape)}"
+        )
+    return scale
+
+
+def checked_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise InputError(
+            "a mask is bool (True where a key takes part) or floating (added to the logits), "
+            f"got {describe(mask)}"
+        )
+    try:
+        mask.expand(shape)
+    except RuntimeError as error:
+        raise InputError(
+            f"the mask {tuple(mask.shape)} must broadcast to (B, h, Nq, Nk) = {shape}"
+        ) from error
+    return mask.to(device)
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def bytes_text(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GB"
