@@ -1,0 +1,107 @@
+"""Every check of this project, each a session: `nox -l` lists them, `nox -s tests` runs the tests.
+
+All sessions share one environment. torch alone takes gigabytes and minutes, and what the sessions
+need does not conflict, so an environment each would buy nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests", "notebooks"]
+nox.needs_version = ">=2024.4.15"
+
+ROOT = Path(__file__).parent
+SHARED = ROOT / ".nox" / "shared"
+BIN = SHARED / ("Scripts" if os.name == "nt" else "bin")
+
+
+def environment(session: nox.Session) -> None:
+    """Make the shared environment, or bring it up to date with pyproject.toml."""
+    python = BIN / "python"
+    if not python.exists():
+        session.run(sys.executable, "-m", "venv", str(SHARED), external=True)
+    stamp = SHARED / "installed"
+    state = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    if not stamp.exists() or stamp.read_text() != state:
+        # One call, so that pip chooses versions of torch, torchvision and timm that fit together.
+        session.run(str(python), "-m", "pip", "install", "-q", "-e", ".[dev]", external=True)
+        stamp.write_text(state)
+
+
+def run(session: nox.Session, *command: str, **variables: str) -> None:
+    """Run a program of the shared environment."""
+    path = os.pathsep.join((str(BIN), os.environ.get("PATH", "")))
+    session.run(str(BIN / command[0]), *command[1:], external=True, env={"PATH": path, **variables})
+
+
+@nox.session(python=False)
+def lint(session: nox.Session) -> None:
+    """Style and formatting (ruff)."""
+    environment(session)
+    run(session, "ruff", "check", ".")
+    run(session, "ruff", "format", "--check", ".")
+
+
+@nox.session(python=False)
+def types(session: nox.Session) -> None:
+    """Types (mypy, strict for the packages)."""
+    environment(session)
+    run(session, "mypy")
+
+
+@nox.session(python=False)
+def tests(session: nox.Session) -> None:
+    """The tests; further arguments go to pytest."""
+    environment(session)
+    run(session, "python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python=False)
+def slow(session: nox.Session) -> None:
+    """Tests that are too long for every run."""
+    environment(session)
+    run(session, "python", "-m", "pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session(python=False)
+def sweep(session: nox.Session) -> None:
+    """Every attention module of timm and the other families; writes docs/families.md."""
+    environment(session)
+    run(session, "python", "-m", "pytest", "-m", "slow", "tests/sweep", *session.posargs)
+
+
+@nox.session(python=False)
+def notebooks(session: nox.Session) -> None:
+    """Execute the notebooks; outputs go to a temporary folder, the files stay stripped."""
+    environment(session)
+    chosen = session.posargs or [str(p) for p in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    folder = session.create_tmp()
+    for notebook in chosen:
+        run(
+            session,
+            *("jupyter", "nbconvert", "--to", "notebook", "--execute", notebook),
+            *("--output-dir", folder),
+        )
+
+
+@nox.session(python=False)
+def bench(session: nox.Session) -> None:
+    """The benchmarks, one after the other; name some to run only those."""
+    environment(session)
+    scripts = sorted((ROOT / "benchmarks").glob("[!_]*.py"))
+    for script in scripts:
+        if not session.posargs or script.stem in session.posargs:
+            run(session, "python", str(script))
+
+
+@nox.session(python=False)
+def evaluate(session: nox.Session) -> None:
+    """Measure the bundled small VGGT; prints the table of its model card."""
+    environment(session)
+    run(session, "python", "-m", "training.evaluate", *session.posargs)
