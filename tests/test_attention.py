@@ -1,0 +1,337 @@
+"""Attention: the laws for every kind of source, what torch and numpy see, limits, refusals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import AttentionLaws, reference_weights
+from torch import Tensor
+
+from vistvis import Attention, SiteInfo, TokenLayout, WindowInfo
+from vistvis.errors import CaptureError, DenseLimitError, IndexOutOfRange, InputError
+
+
+def random(
+    *shape: int, seed: int, dtype: torch.dtype = torch.float32, factor: float = 1.6
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * factor).to(dtype)
+
+
+class QK(AttentionLaws):
+    """Queries and keys with whatever a subclass adds to them."""
+
+    batch, heads, key_heads, queries, keys, width = 2, 4, 4, 7, 7, 8
+    dtype = torch.float32
+
+    def extras(self) -> dict[str, object]:
+        return {}
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        query = random(self.batch, self.heads, self.queries, self.width, seed=1)
+        key = random(self.batch, self.key_heads, self.keys, self.width, seed=2)
+        return query.to(self.dtype), key.to(self.dtype)
+
+    def make(self) -> Attention:
+        query, key = self.tensors()
+        return Attention(query=query, key=key, **self.extras())  # type: ignore[arg-type]
+
+    def dense(self) -> Tensor:
+        return reference_weights(*self.tensors(), **self.extras())  # type: ignore[arg-type]
+
+
+class TestSelf(QK):
+    pass
+
+
+class TestDouble(QK):
+    dtype = torch.float64
+
+
+class TestHalf(QK):
+    dtype = torch.bfloat16
+
+
+class TestCross(QK):
+    queries, keys = 5, 11
+
+
+class TestOneOfEach(QK):
+    batch, heads, key_heads, queries, keys = 1, 2, 2, 3, 3
+
+
+class TestGrouped(QK):
+    key_heads = 2
+
+
+class TestOneKeyHead(QK):
+    key_heads = 1
+
+
+class TestNonContiguous(QK):
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        fused = random(self.batch, self.queries, 2, self.heads, self.width, seed=5)
+        query, key = fused.permute(2, 0, 3, 1, 4)
+        return query, key
+
+
+class TestScalePerHead(QK):
+    def extras(self) -> dict[str, object]:
+        return {"scale": torch.tensor([0.1, 0.4, 0.9, 0.2]).reshape(4, 1, 1)}
+
+
+class TestGroupedScalePerHead(TestScalePerHead):
+    key_heads = 2
+
+
+class TestCausal(QK):
+    def extras(self) -> dict[str, object]:
+        return {"causal": True}
+
+
+class TestCausalCross(TestCausal):
+    queries, keys = 6, 9
+
+
+class TestBoolMask(QK):
+    def extras(self) -> dict[str, object]:
+        mask = random(self.batch, 1, self.queries, self.keys, seed=3) > -0.5
+        mask[1, 0, 2] = False  # a query without any key
+        return {"mask": mask}
+
+
+class TestPaddingMask(QK):
+    def extras(self) -> dict[str, object]:
+        mask = torch.ones(self.batch, 1, 1, self.keys, dtype=torch.bool)
+        mask[0, ..., 4:] = False
+        mask[1] = False  # a padded picture: no query has a key
+        return {"mask": mask}
+
+
+class TestAddedMask(QK):
+    def extras(self) -> dict[str, object]:
+        mask = random(1, self.heads, self.queries, self.keys, seed=4, factor=2)
+        mask[0, :, 3] = -math.inf
+        mask[0, 1, 2, :4] = -math.inf
+        return {"mask": mask}
+
+
+class TestGivenWeights(QK):
+    stochastic = False
+
+    def make(self) -> Attention:
+        return Attention.from_weights(self.dense().float())
+
+    def dense(self) -> Tensor:
+        mixed = reference_weights(*self.tensors())
+        return torch.einsum("gh,bhqk->bgqk", random(4, 4, seed=6).abs().double(), mixed)
+
+
+class TestBreaks:
+    """The reference must notice: each of these is a mistake that tools in this field make."""
+
+    def setup_method(self) -> None:
+        self.query, self.key = TestSelf().tensors()
+        self.wanted = reference_weights(self.query, self.key)
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            lambda q, k: Attention(query=q, key=k, scale=1.0),
+            lambda q, k: Attention(query=q.flip(1), key=k),
+            lambda q, k: Attention(query=q, key=k.roll(1, 2)),
+            lambda q, k: Attention(query=q, key=k, causal=True),
+            lambda q, k: Attention(query=k, key=q),
+        ],
+    )
+    def test_a_mistake_is_seen(self, wrong: object) -> None:
+        found = wrong(self.query, self.key).dense()  # type: ignore[operator]
+        assert float((found - self.wanted).abs().max()) > 0.1
+
+    def test_a_dropped_mask_is_seen(self) -> None:
+        for case in (TestBoolMask(), TestAddedMask(), TestCausal()):
+            bare = Attention(query=self.query, key=self.key).dense()
+            assert float((bare - case.dense()).abs().max()) > 0.1
+
+    def test_softmax_over_chosen_keys_only_is_seen(self) -> None:
+        lazy = Attention(query=self.query, key=self.key)
+        chosen = torch.softmax(lazy.logits(slice(None))[..., :3], -1)
+        assert float((chosen - lazy[..., :3]).abs().max()) > 0.1
+
+
+@pytest.fixture
+def attention() -> Attention:
+    return TestSelf().make()
+
+
+@given(st.data())
+def test_any_index_gives_what_torch_gives(data: st.DataObject) -> None:
+    attention = TestCross().make()
+    dense = attention.dense()
+
+    def along(size: int) -> st.SearchStrategy[object]:
+        number = st.integers(-size, size - 1)
+        return st.one_of(
+            number,
+            st.slices(size).filter(lambda s: s.step is None or s.step > 0),
+            st.lists(number, min_size=2, max_size=2),
+            number.map(torch.tensor),
+        )
+
+    count = data.draw(st.integers(0, 4))
+    index: list[object] = [data.draw(along(size)) for size in dense.shape[:count]]
+    for extra in (None, Ellipsis):
+        if data.draw(st.booleans()):
+            index.insert(data.draw(st.integers(0, len(index))), extra)
+    for place in [p for p, item in enumerate(index) if item is Ellipsis]:
+        del index[place + 1 :]  # what follows would count from the end
+    wanted = dense[tuple(index)]
+    found = attention[tuple(index)]
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, rtol=0, atol=5e-6)
+
+
+def test_what_it_says_of_itself() -> None:
+    attention = TestGrouped().make()
+    assert attention.shape == (2, 4, 7, 7)
+    assert (attention.ndim, attention.dim(), len(attention)) == (4, 4, 2)
+    assert attention.numel() == 2 * 4 * 7 * 7
+    assert attention.size(1) == attention.num_heads == 4
+    assert attention.device == torch.device("cpu")
+    assert attention.nbytes == (2 * 4 * 7 * 8 + 2 * 2 * 7 * 8) * 4
+    attention.log_sum_exp()
+    assert attention.nbytes == (2 * 4 * 7 * 8 + 2 * 2 * 7 * 8 + 2 * 4 * 7) * 4
+    text = repr(attention.with_site(SiteInfo("global_block_3", rope=False)))
+    assert "'global_block_3'" in text
+    assert "2 key heads" in text
+    assert "WITHOUT rope" in text
+
+
+def test_half_precision_computes_in_float32() -> None:
+    attention = TestHalf().make()
+    assert attention.query is not None
+    assert attention.query.dtype == torch.bfloat16
+    assert attention.dtype == attention.rows(0).dtype == torch.float32
+
+
+def test_torch_and_numpy_see_a_tensor(attention: Attention) -> None:
+    dense = attention.dense()
+    assert torch.equal(attention.mean(1), dense.mean(1))
+    assert torch.equal(attention.max(-1).values, dense.max(-1).values)
+    assert torch.equal(torch.stack([attention[0], attention[1]]), dense)
+    assert torch.equal(torch.cat([attention, attention]), torch.cat([dense, dense]))
+    assert torch.equal(torch.einsum("bhqk->bhk", attention), torch.einsum("bhqk->bhk", dense))
+    assert torch.equal(attention * 2 + 1, dense * 2 + 1)
+    assert torch.equal(1 - attention, 1 - dense)
+    assert torch.equal(dense * attention, dense * dense)
+    assert torch.equal(attention > 0.5, dense > 0.5)
+    assert torch.equal(torch.stack(list(attention)), dense)
+    assert np.array_equal(np.asarray(attention), dense.numpy())
+    assert np.array_equal(attention.numpy(), dense.numpy())
+    assert np.asarray(attention, dtype=np.float64).dtype == np.float64
+    with pytest.raises(AttributeError, match=r"\.dense\(\)"):
+        attention.requires_grad_()
+    with pytest.raises(AttributeError, match="no attribute 'wieghts'"):
+        _ = attention.wieghts
+
+
+def test_a_dense_matrix_over_the_limit_is_refused_by_name() -> None:
+    wide = torch.zeros(1, 16, 10_992, 2)
+    attention = Attention(query=wide, key=wide)
+    for ask in (attention.dense, lambda: attention.mean(1), lambda: np.asarray(attention)):
+        with pytest.raises(DenseLimitError, match=r"7\.2 GB.*limit of 2 GB.*rows\(queries\)"):
+            ask()
+    with pytest.raises(MemoryError):
+        attention[0, :, :]
+    assert attention[0, 3, 500].shape == (10_992,)
+    with pytest.raises(DenseLimitError):
+        TestSelf().make().dense(max_bytes=100)
+
+
+def test_log_sum_exp_is_kept_and_right(attention: Attention) -> None:
+    first = attention.log_sum_exp()
+    assert attention.log_sum_exp() is first
+    wanted = attention.logits(None).double().exp().sum(-1).log()
+    torch.testing.assert_close(first.double(), wanted, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="made from weights alone"):
+        TestGivenWeights().make().log_sum_exp()
+
+
+def test_gradients_flow_through_what_is_asked() -> None:
+    query, key = (t.double().requires_grad_() for t in TestCross().tensors())
+
+    def rows_and_columns(q: Tensor, k: Tensor) -> Tensor:
+        lazy = Attention(query=q, key=k)
+        return lazy[:, :, [0, 2]].sum() + (lazy.columns(3) ** 2).sum() + (lazy.dense() ** 3).sum()
+
+    assert torch.autograd.gradcheck(rows_and_columns, (query, key))
+
+
+def test_writing_into_what_was_taken_is_noticed(attention: Attention) -> None:
+    assert attention.key is not None
+    attention.rows(0)
+    attention.key.mul_(2)
+    for ask in (lambda: attention.rows(0), lambda: attention[0], attention.dense):
+        with pytest.raises(CaptureError, match="written into"):
+            ask()
+
+
+def test_site_travels_and_round_trips() -> None:
+    layout = TokenLayout(2, (3, 5), ("camera",))
+    site = SiteInfo(
+        "frame_block_0",
+        kind="frame",
+        block=0,
+        query_layout=layout,
+        key_layout=layout,
+        frames_in_batch=True,
+        window=WindowInfo((7, 7), (4, 4), (2, 2)),
+    )
+    assert SiteInfo.from_dict(site.to_dict()) == site
+    attention = TestSelf().make().with_site(site)
+    assert attention.to(torch.float64).site == site
+    assert attention.site is not None
+    assert attention.site.patch_size == (14, 14)
+    with pytest.raises(InputError, match="not a site description"):
+        SiteInfo.from_dict({"nom": "x"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"query": torch.zeros(2, 3, 4), "key": torch.zeros(2, 3, 4, 5)}, r"query is a floating"),
+        ({"query": torch.zeros(1, 4, 4, 5), "key": torch.zeros(1, 3, 4, 5)}, "h_k divides h"),
+        ({"query": torch.zeros(1, 4, 4, 5), "key": torch.zeros(1, 4, 4, 6)}, "share B and d"),
+        ({"query": torch.zeros(1, 1, 1, 1).long(), "key": torch.zeros(1, 1, 1, 1)}, "int64"),
+        ({"mask": torch.zeros(3, 3)}, r"must broadcast to .* \(1, 2, 4, 4\)"),
+        ({"mask": torch.zeros(4, 4).long()}, "a mask is bool"),
+        ({"scale": torch.ones(3)}, "one for each of the 2 heads"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(arguments: dict[str, Tensor], text: str) -> None:
+    pair = {"query": torch.zeros(1, 2, 4, 5), "key": torch.zeros(1, 2, 4, 5)}
+    with pytest.raises(InputError, match=text):
+        Attention(**{**pair, **arguments})  # type: ignore[arg-type]
+
+
+def test_weights_that_are_none_are_refused() -> None:
+    with pytest.raises(InputError, match=r"\(B, h, Nq, Nk\)"):
+        Attention.from_weights(torch.zeros(3, 3))
+
+
+def test_index_errors_name_the_dimension(attention: Attention) -> None:
+    with pytest.raises(IndexOutOfRange, match=r"query 7 is outside 0…6"):
+        attention.rows(7)
+    with pytest.raises(IndexOutOfRange, match=r"head 4 is outside 0…3"):
+        attention[0, 4]
+    with pytest.raises(InputError, match="positive step"):
+        attention[::-1]
+    with pytest.raises(InputError, match="query takes an int, slice"):
+        attention.rows("cls")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="query takes an int, slice"):
+        attention.rows(1.5)  # type: ignore[arg-type]
