@@ -1,0 +1,87 @@
+"""How the benchmarks measure: CPU time of one thread in alternating order, peak memory by process.
+
+Wall time on a busy machine cannot resolve a few percent. CPU time of one thread can, if the things
+compared take turns, so that a slow minute slows them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def cpu_milliseconds(
+    functions: dict[str, Callable[[], Any]], *, rounds: int, warmup: int = 1
+) -> dict[str, float]:
+    """Median CPU time of each function in milliseconds; the order turns round every round."""
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            start = time.process_time_ns()
+            functions[name]()
+            times[name].append((time.process_time_ns() - start) / 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def in_fresh_process(script: str, *arguments: str) -> dict[str, Any]:
+    """Run `script arguments` by itself and read the JSON of its last line of output."""
+    result = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{result.stderr}")
+    found: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
+    return found
+
+
+def peak_bytes() -> int:
+    """The greatest resident size this process has had, in bytes (Linux)."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """The resident size of this process now, in bytes (Linux)."""
+    return _status("VmRSS")
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` count from now."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 2**20:,.1f} MB"
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table as Markdown."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    print(f"\n## {title}\n")
+    for number, row in enumerate(cells):
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(f"| {' | '.join(padded)} |")
+        if number == 0:
+            print(f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+    print(flush=True)
+
+
+def verdict(value: float, limit: float) -> str:
+    """Whether a measured value keeps to its bar."""
+    return f"≤ {limit:g}: {'met' if value <= limit else 'MISSED'}"
