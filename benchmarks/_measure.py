@@ -82,6 +82,6 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -
     print(flush=True)
 
 
-def verdict(value: float, limit: float) -> str:
+def verdict(value: float, limit: float, unit: str = "") -> str:
     """Whether a measured value keeps to its bar."""
-    return f"≤ {limit:g}: {'met' if value <= limit else 'MISSED'}"
+    return f"≤ {limit:g}{unit}: {'met' if value <= limit else 'MISSED'}"

@@ -89,5 +89,5 @@ if __name__ == "__main__":
         table(
             "log-sum-exp of all rows and heads, the first time",
             ["extra memory", "bar"],
-            [[megabytes(extra), verdict(extra / 2**20, 128) + " MB"]],
+            [[megabytes(extra), verdict(extra / 2**20, 128, " MB")]],
         )

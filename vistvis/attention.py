@@ -267,7 +267,8 @@ class Attention:
         self._check_unwritten()
         # One query of one head is what a click asks for.
         if self._is_plain(batch, heads, queries):
-            return self._one_row(batch, heads, queries)  # type: ignore[arg-type]
+            row = self._one_row(batch, heads, queries)  # type: ignore[arg-type]
+            return row.view(1, 1, 1, -1)
         b, h, q = self._select(batch, 0), self._select(heads, 1), self._select(queries, 2)
         if self.weights is not None:
             return take(self.weights, b, h, q).to(self.dtype)
@@ -350,9 +351,9 @@ class Attention:
         return out
 
     def __getitem__(self, index: Any) -> Tensor:
-        if type(index) is tuple and len(index) == 3 and all(type(i) is int for i in index):
-            return self.rows(index[2], batch=index[0], heads=index[1])[0, 0, 0]
         self._check_unwritten()
+        if type(index) is tuple and len(index) == 3 and self._is_plain(*index):
+            return self._one_row(*index)
         plan = indexing.plan(index, tuple(self._shape), self.device)
         b, h, q, k = plan.take
         size = math.prod(plan.taken_shape) * torch.finfo(self.dtype).bits // 8
@@ -410,15 +411,17 @@ class Attention:
     # -- how it is computed --------------------------------------------------------------------
 
     def _one_row(self, batch: int, head: int, query: int) -> Tensor:
+        """One query's weights over all keys, `(Nk,)`."""
         b, h, q = self._wholes((batch, head, query), (0, 1, 2))
         assert self.query is not None
         assert self.key is not None
         # The scale goes on q: d multiplications in place of N.
         vector = self.query[b, h, q].to(self.dtype) * self._scale_of(h)
         logits = torch.mv(self.key[b, h // self.groups].to(self.dtype), vector)
-        return torch.softmax(logits, 0).view(1, 1, 1, -1)
+        return torch.softmax(logits, 0)
 
     def _one_column(self, batch: int, head: int, key: int) -> Tensor:
+        """All queries' weights of one key, `(1, 1, Nq, 1)`, once the log-sum-exp is known."""
         b, h, k = self._wholes((batch, head, key), (0, 1, 3))
         assert self.query is not None
         assert self.key is not None
