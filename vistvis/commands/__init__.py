@@ -1,0 +1,1 @@
+"""The built-in commands, one module each: `HELP`, `add_arguments(parser)`, `run(arguments)`."""
