@@ -1,0 +1,442 @@
+"""What reaches an attention kernel: a function mode that is active while one module runs.
+
+`KernelTap` sees the torch functions that a module calls. A call of `scaled_dot_product_attention`
+gives its queries and keys. Eager code gives its weights: the tap follows a product of two
+activations (scores) through the softmax to the matrix that is multiplied with the values, so that
+whatever is done in between (bias, talking heads, gates) is in it.
+"""
+
+from __future__ import annotations
+
+import string
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vistvis.attention import Attention
+from vistvis.errors import VistvisError
+
+SDPA = F.scaled_dot_product_attention
+broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
+_PRODUCTS = {
+    torch.matmul, torch.bmm, torch.baddbmm, torch.einsum,
+    Tensor.matmul, Tensor.bmm, Tensor.baddbmm, Tensor.__matmul__, Tensor.__rmatmul__,
+}  # fmt: skip
+_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+_DROPOUT = {F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
+
+
+class UnreadableError(VistvisError):
+    """Why one kernel call can't be turned into exact weights; the site's name is added later."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One kernel call of one site: its weights, still lazy, and what it returned.
+
+    `value` `(B, h, Nk, dv)` and `output` `(B, h, Nq, dv)` are None unless they were asked for.
+    """
+
+    attention: Attention | None
+    source: str
+    value: Tensor | None = None
+    output: Tensor | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class SdpaCall:
+    """The arguments of one `scaled_dot_product_attention` call, named."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    dropout: float = 0.0
+    causal: bool = False
+    scale: float | None = None
+    grouped: bool = False
+
+
+def sdpa_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> SdpaCall:
+    """Name the arguments as `scaled_dot_product_attention` does."""
+    return SdpaCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def without_value(call: SdpaCall) -> SdpaCall:
+    """The same call; its value stands in as the key, so that it can be freed."""
+    return SdpaCall(
+        call.query,
+        call.key,
+        call.key,
+        call.mask,
+        call.dropout,
+        call.causal,
+        call.scale,
+        call.grouped,
+    )
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How tensors are kept: on which device, and whether values and outputs are kept too."""
+
+    device: str | None = None
+    values: bool = False
+
+
+# -- the function mode ----------------------------------------------------------------------------
+
+
+class KernelTap(TorchFunctionMode):
+    """Reads the attention kernel calls of the module that runs while it is active.
+
+    Parameters
+    ----------
+    heads, batch
+        What is known of the module and its input; they settle shapes with folded dimensions.
+    keeping
+        What to do with the tensors.
+    active
+        Says whether the calls belong to this tap (False inside a nested site).
+    eager
+        Whether to follow eager softmax code too.
+    """
+
+    def __init__(
+        self,
+        *,
+        heads: int | None,
+        batch: int | None,
+        keeping: Keeping,
+        active: Callable[[], bool],
+        eager: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads, self.batch, self.keeping, self.active = heads, batch, keeping, active
+        self.readings: list[Reading] = []
+        self.problems: list[str] = []
+        self._flow = _Flow(self) if eager else None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is SDPA:
+            return self._sdpa(args, kwargs)
+        out = func(*args, **kwargs)
+        if self._flow is not None:
+            self._flow.follow(func, args, kwargs, out)
+        return out
+
+    def _sdpa(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        out = SDPA(*args, **kwargs)
+        if self.active():
+            try:
+                self.readings.append(
+                    read_sdpa(sdpa_call(*args, **kwargs), out, self.heads, self.batch, self.keeping)
+                )
+            except Exception as error:  # the user's forward goes on; raised at access
+                self.readings.append(Reading(None, "kernel", error=_text(error)))
+        return out
+
+
+def read_sdpa(
+    call: SdpaCall, out: Tensor | None, heads: int | None, batch: int | None, keeping: Keeping
+) -> Reading:
+    """Turn one kernel call into an `Attention` over the tensors that the kernel used."""
+    query, key = call.query, call.key
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.is_nested:
+            raise UnreadableError(f"its {name} is a nested tensor; pad the sequences instead")
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise UnreadableError(f"its {name} lives inside a torch.func transform; run it outside")
+    if call.dropout > 0:
+        raise UnreadableError(
+            f"dropout is active in the kernel (dropout_p={call.dropout:g}), so what it used is "
+            "not the softmax; call model.eval()"
+        )
+    mask = _known_mask(call.mask)
+    dtype = _autocast_dtype(query)
+    scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    if not call.grouped:
+        lead = broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        query = query.expand(*lead, *query.shape[-2:])
+        # One key head serves all query heads without being copied.
+        single = len(lead) == 2 and key.shape[1] == 1 and key.shape[0] == lead[0]
+        key = key if single else key.expand(*lead, *key.shape[-2:])
+    fold = Fold.of(tuple(query.shape[:-2]), heads, batch)
+    if mask is not None and fold.changes:
+        mask = fold(mask.expand(*query.shape[:-1], key.shape[-2]))
+    if mask is not None and mask.ndim > 4:
+        raise UnreadableError(f"its mask {tuple(mask.shape)} has more dimensions than its query")
+    attention = Attention(
+        query=keep(fold(query), dtype, keeping.device),
+        key=keep(fold(key), dtype, keeping.device),
+        scale=float(scale),
+        mask=None if mask is None else keep(mask, dtype, keeping.device, share=True),
+        causal=call.causal,
+    )
+    value = output = None
+    if keeping.values and out is not None:
+        groups = call.query.shape[-3] // call.value.shape[-3] if call.grouped else 1
+        value = call.value.repeat_interleave(groups, -3) if groups > 1 else call.value
+        value = fold(value.expand(*call.query.shape[:-2], *value.shape[-2:])).detach()
+        output = fold(out).detach()
+    return Reading(attention, "kernel", value, output)
+
+
+def keep(
+    tensor: Tensor, dtype: torch.dtype | None, device: str | None, *, share: bool = False
+) -> Tensor:
+    """A tensor that stays right after the model runs on, without holding more than it has to.
+
+    Copied where it is a small part of a larger storage (which it would keep alive), where it was
+    made in inference mode (nothing tells of later writes), or where dtype or device change. All
+    else is shared: `Attention` checks for later writes.
+    """
+    if tensor.dtype == torch.bool or not tensor.is_floating_point():
+        dtype = None
+    if tensor.dtype == torch.float64:
+        dtype = None  # autocast leaves float64 alone
+    moved = tensor.detach().to(dtype=dtype or tensor.dtype, device=device or tensor.device)
+    if moved.data_ptr() != tensor.data_ptr():
+        return moved
+    needed = moved.numel() * moved.element_size()
+    stored = moved.untyped_storage().nbytes()
+    if moved.is_inference() or (stored > 1.02 * needed + 1024 and not share):
+        return moved.clone(memory_format=torch.contiguous_format)
+    return moved
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How leading dimensions become `(batch, heads)`: which one is heads, and the target shape."""
+
+    lead: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, lead: tuple[int, ...], heads: int | None, batch: int | None) -> Fold:
+        """Find the head dimension among leading dimensions `lead`.
+
+        Raises
+        ------
+        UnreadableError
+            If it can't be told.
+        """
+        count = len(lead)
+        if count == 2 and (heads is None or lead[1] == heads or lead[0] != heads):
+            return cls(lead, (0, 1), (lead[0], lead[1]))
+        if count == 2:
+            return cls(lead, (1, 0), (lead[1], lead[0]))
+        if count == 0:
+            return cls(lead, (), (1, 1))
+        if count == 1:
+            folded = heads is not None and heads > 1 and lead[0] % heads == 0
+            if folded and heads is not None and (batch is None or lead[0] == batch * heads):
+                return cls(lead, (0,), (lead[0] // heads, heads))
+            return cls(lead, (0,), (lead[0], 1))
+        places = [place for place, size in enumerate(lead) if size == heads]
+        if not places:
+            raise UnreadableError(
+                f"which of its dimensions {lead} are heads is not known (the module says {heads})"
+            )
+        place = 1 if 1 in places else places[0]
+        if lead[0] == heads and place == 0 and batch == heads and len(places) > 1:
+            place = places[1]
+        rest = tuple(dim for dim in range(count) if dim != place)
+        number = 1
+        for dim in rest:
+            number *= lead[dim]
+        return cls(lead, (*rest, place), (number, lead[place]))
+
+    @property
+    def changes(self) -> bool:
+        return len(self.lead) != 2 or self.order != (0, 1)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if not self.changes:
+            return tensor
+        count = len(self.lead)
+        if tensor.ndim != count + 2:
+            raise UnreadableError(f"its tensors have {tensor.ndim} and {count + 2} dimensions")
+        if count >= 2:
+            tensor = tensor.permute(*self.order, count, count + 1)
+        return tensor.reshape(*self.shape, *tensor.shape[-2:])
+
+
+def _known_mask(mask: Any) -> Tensor | None:
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and type(mask) in (Tensor, nn.Parameter):
+        return mask
+    materialize = getattr(mask, "_materialize", None)  # torch.nn.attention.bias.CausalBias
+    if materialize is not None:
+        made = materialize(mask.device)
+        if type(made) is Tensor:
+            return made
+    raise UnreadableError(f"its mask is a {type(mask).__name__}, whose meaning is not known")
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to the kernel's inputs here, or None."""
+    kind = tensor.device.type
+    try:
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    except RuntimeError:  # a device without autocast
+        return None
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, VistvisError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+# -- eager code -----------------------------------------------------------------------------------
+
+
+class _Flow:
+    """Follows scores to weights to the product with values, through a module's torch functions."""
+
+    def __init__(self, tap: KernelTap) -> None:
+        self._tap = tap
+        # By id, with a weak reference: an id alone may come back as another tensor's.
+        self._scores: dict[int, weakref.ref[Tensor]] = {}
+        self._weights: dict[int, weakref.ref[Tensor]] = {}
+        self.softmaxes = 0
+        self.random = False
+
+    def follow(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+    ) -> None:
+        if func in _PRODUCTS:
+            self._product(func, list(_tensors((*args, *kwargs.values()))), args, out)
+        elif func in _SOFTMAX:
+            self._softmax(args, kwargs, out)
+        elif self._scores or self._weights:
+            inputs = list(_tensors((*args, *kwargs.values())))
+            if any(self._has(self._weights, tensor) for tensor in inputs):
+                if func in _DROPOUT and _dropping(func, args, kwargs):
+                    self._tap.problems.append("dropout is active on its weights; call model.eval()")
+                self._mark(self._weights, out)
+            elif any(self._has(self._scores, tensor) for tensor in inputs):
+                self._mark(self._scores, out)
+
+    def _softmax(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        scores = kwargs.get("input", args[0] if args else None)
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if not isinstance(scores, Tensor) or not self._has(self._scores, scores):
+            return
+        self.softmaxes += 1
+        if dim not in (-1, scores.ndim - 1):
+            self._tap.problems.append(
+                f"its softmax runs over dimension {dim} of {tuple(scores.shape)}, not over the last"
+            )
+        self._mark(self._weights, out)
+
+    def _product(
+        self, func: Callable[..., Any], tensors: list[Tensor], args: Sequence[Any], out: Any
+    ) -> None:
+        if func in (torch.baddbmm, Tensor.baddbmm):
+            tensors = tensors[1:3]
+        if len(tensors) != 2 or not isinstance(out, Tensor):
+            return
+        first, second = tensors
+        if func is Tensor.__rmatmul__:
+            first, second = second, first
+        taken = [self._has(self._weights, tensor) for tensor in tensors]
+        if any(taken):
+            if not self._tap.active():
+                return
+            try:
+                equation = args[0] if func is torch.einsum else None
+                self._take(first, second, taken[0], out, equation)
+            except Exception as error:
+                self._tap.readings.append(Reading(None, "softmax", error=_text(error)))
+        elif not any(isinstance(tensor, nn.Parameter) for tensor in tensors):
+            self._mark(self._scores, out)
+
+    def _take(
+        self, first: Tensor, second: Tensor, weights_first: bool, out: Tensor, equation: Any
+    ) -> None:
+        value: Tensor | None
+        output: Tensor | None
+        if isinstance(equation, str):
+            weights = _einsum_weights(equation, first, second, weights_first)
+            value = output = None
+        elif weights_first:
+            weights, value, output = first, second, out
+        else:
+            weights, value, output = second.mT, first.mT, out.mT
+        tap = self._tap
+        fold = Fold.of(tuple(weights.shape[:-2]), tap.heads, tap.batch)
+        kept = keep(fold(weights), None, tap.keeping.device)
+        reading = Reading(Attention.from_weights(kept), "softmax")
+        if tap.keeping.values and value is not None and output is not None:
+            value = value.expand(*weights.shape[:-2], *value.shape[-2:])
+            reading = replace(reading, value=fold(value).detach(), output=fold(output).detach())
+        tap.readings.append(reading)
+
+    @staticmethod
+    def _has(marks: dict[int, weakref.ref[Tensor]], tensor: Tensor) -> bool:
+        mark = marks.get(id(tensor))
+        return mark is not None and mark() is tensor
+
+    def _mark(self, marks: dict[int, weakref.ref[Tensor]], out: Any) -> None:
+        for tensor in _tensors((out,)):
+            if tensor.ndim >= 2:
+                marks[id(tensor)] = weakref.ref(tensor)
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _dropping(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+    third = "train" if func is torch.dropout else "training"
+    on = kwargs.get(third, args[2] if len(args) > 2 else True)
+    return bool(on) and float(p) > 0
+
+
+def _einsum_weights(equation: str, first: Tensor, second: Tensor, weights_first: bool) -> Tensor:
+    """The weights of `einsum("…qk,…kd->…qd", weights, values)`, as `(…, queries, keys)`."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    left, _, right = terms.partition(",")
+    mine, other, weights = (left, right, first) if weights_first else (right, left, second)
+    if "..." in equation:
+        spare = [letter for letter in string.ascii_letters if letter not in equation]
+        dots = "".join(spare[: weights.ndim - len(mine.replace("...", ""))])
+        mine, other, result = (term.replace("...", dots) for term in (mine, other, result))
+    keys = [letter for letter in mine if letter in other and letter not in result]
+    queries = [letter for letter in mine if letter not in other and letter in result]
+    if len(keys) != 1 or len(queries) != 1:
+        raise UnreadableError(f"einsum({equation!r}) leaves unclear what are queries and what keys")
+    lead = [letter for letter in mine if letter not in (keys[0], queries[0])]
+    return weights.permute([mine.index(letter) for letter in (*lead, queries[0], keys[0])])

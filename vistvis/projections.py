@@ -1,0 +1,132 @@
+"""Queries and keys before their rotary embedding: read by forward hooks on the projections.
+
+This is the second, independent way to the queries and keys of a module: plain hooks on its q/k norm
+(or, without one, on its projections), where the first is the kernel call itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistvis.attention import Attention
+from vistvis.errors import CaptureError
+
+_NORMS = (("q_norm", "k_norm"), ("norm_q", "norm_k"), ("query_norm", "key_norm"))
+_FUSED = ("qkv", "to_qkv")
+_PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("to_q", "to_k"), ("projq", "projk"), ("q", "k"))
+
+
+class ProjectionTap:
+    """Hooks on a module's q/k norms or projections, on while it runs."""
+
+    def __init__(self, module: nn.Module, heads: int | None) -> None:
+        self._module, self._heads = module, heads
+        self._seen: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self._names = self._find()
+
+    def _find(self) -> tuple[str, ...]:
+        for pair in (*_NORMS, *_PAIRS):
+            if all(isinstance(getattr(self._module, name, None), nn.Module) for name in pair):
+                return pair
+        for name in _FUSED:
+            if isinstance(getattr(self._module, name, None), nn.Module):
+                return (name,)
+        return ()
+
+    def __enter__(self) -> ProjectionTap:
+        for name in self._names:
+            child = getattr(self._module, name)
+            # The undo is on its list before the next hook: an interrupt leaves none behind.
+            self._handles.append(child.register_forward_hook(self._taker(name)))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _taker(self, name: str) -> Any:
+        def take(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                self._seen[name] = output.detach().clone()
+
+        return take
+
+    def attention(self, kernel: Attention, *, rope: bool) -> Attention:
+        """The attention of the projections' output, shaped like the kernel's.
+
+        A rotary embedding turns pairs of numbers and keeps their length: the length of every query
+        and key must be that of the kernel's, which proves that nothing else lies between.
+
+        Raises
+        ------
+        CaptureError
+            If the module has no such projections, or something else than a rotation lies between.
+        """
+        if kernel.query is None or kernel.key is None:
+            raise CaptureError("rope=False needs queries and keys, and this module shows weights")
+        if not self._names or set(self._seen) != set(self._names):
+            raise CaptureError(
+                "has no q_norm/k_norm, q/k projections or qkv whose output could be taken before "
+                "the rotary embedding"
+            )
+        query, key = self._split(kernel)
+        scale = kernel.scale
+        for name, before, after in (("query", query, kernel.query), ("key", key, kernel.key)):
+            if before.shape != after.shape:
+                raise CaptureError(
+                    f"the projections' {name} {tuple(before.shape)} is not shaped like the "
+                    f"kernel's {tuple(after.shape)}: tokens were merged or cached in between"
+                )
+            old, new = before.float().norm(dim=-1), after.float().norm(dim=-1)
+            eps = 8 * max(torch.finfo(before.dtype).eps, torch.finfo(after.dtype).eps)
+            if not torch.allclose(old, new, rtol=4 * eps, atol=eps):
+                raise CaptureError(
+                    f"between the projections and the kernel the {name} is not only rotated, so "
+                    "its weights before the rotary embedding can't be told"
+                )
+            if not rope and before.dtype != after.dtype:
+                continue
+            if rope and not torch.equal(before.to(after.dtype), after):
+                raise CaptureError(
+                    f'source="projection" was asked for, but the kernel\'s {name} differs from the '
+                    "projection (a rotary embedding?); use rope=False if that is meant"
+                )
+        return Attention(
+            query=query.to(kernel.query.dtype),
+            key=key.to(kernel.key.dtype),
+            scale=scale,
+            mask=kernel.mask,
+            causal=kernel.causal,
+        )
+
+    def _split(self, kernel: Attention) -> tuple[Tensor, Tensor]:
+        batch, heads, queries, keys = kernel.shape
+        assert kernel.query is not None
+        assert kernel.key is not None
+        width, key_heads = kernel.query.shape[-1], kernel.key.shape[1]
+        if len(self._names) == 1:
+            fused = self._seen[self._names[0]]
+            if fused.ndim != 3 or fused.shape[-1] != 3 * heads * width:
+                raise CaptureError(
+                    f"its fused projection {tuple(fused.shape)} is not (B, N, 3·h·d)"
+                )
+            query, key, _ = (
+                fused.reshape(batch, queries, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+            )
+            return query, key
+        pair = [self._seen[name] for name in self._names]
+        sides = zip(pair, ((heads, queries), (key_heads, keys)), strict=True)
+        return tuple(self._shaped(t, batch, h, n, width) for t, (h, n) in sides)  # type: ignore[return-value]
+
+    @staticmethod
+    def _shaped(tensor: Tensor, batch: int, heads: int, tokens: int, width: int) -> Tensor:
+        if tuple(tensor.shape) == (batch, heads, tokens, width):
+            return tensor
+        if tuple(tensor.shape) in {(batch, tokens, heads, width), (batch, tokens, heads * width)}:
+            return tensor.reshape(batch, tokens, heads, width).transpose(1, 2)
+        raise CaptureError(f"its projection {tuple(tensor.shape)} can't be told apart into heads")
