@@ -597,9 +597,13 @@ class Capture(Mapping[str, Attention]):
         return list(found) if self._accumulate else found[-1]  # type: ignore[return-value]
 
     def _why_missing(self, name: str) -> str:
+        if not self.passes and self.failed_passes:
+            return (
+                f"has nothing: the forward pass failed ({self.failed_passes} of "
+                f"{self.failed_passes} ended in an exception)"
+            )
         if not self.passes and not self._fired[name]:
-            failed = f" ({self.failed_passes} failed)" if self.failed_passes else ""
-            return f"has nothing: the model was not run while it was captured{failed}; run it"
+            return "has nothing: the model was not run while it was captured; run it"
         if self._sink is not None and self._fired[name]:
             return "was handed to the sink and not kept"
         if self._fired[name]:
