@@ -1,0 +1,178 @@
+"""The sizes of a VGGT aggregator: what a checkpoint's shapes follow from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from vistvis.errors import InputError
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A DINOv2-style vision transformer used as patch embedding.
+
+    Its width is the width of the frame and global blocks, because its patch tokens go straight
+    into them; depth and heads are its own. The grid of its positional embedding follows from the
+    `img_size` of the whole model.
+
+    Attributes
+    ----------
+    depth, num_heads
+        Blocks, and heads in each.
+    mlp_ratio
+        Hidden width of a block's MLP over the model's width.
+    num_register_tokens
+        Register tokens beside the cls token; 0 for a DINOv2 without registers.
+    """
+
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    num_register_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least("depth", self.depth, 0)
+        _at_least("num_heads", self.num_heads, 1)
+        _at_least("num_register_tokens", self.num_register_tokens, 0)
+
+
+DINOV2_SIZES: dict[str, tuple[int, int, int]] = {  # width, depth, heads
+    "vits14": (384, 12, 6),
+    "vitb14": (768, 12, 12),
+    "vitl14": (1024, 24, 16),
+}
+DINOV2_NAMES = tuple(f"dinov2_{size}{end}" for size in DINOV2_SIZES for end in ("", "_reg"))
+
+
+@dataclass(frozen=True)
+class VGGTConfig:
+    """The sizes of an aggregator; the defaults are those of facebook/VGGT-1B.
+
+    Attributes
+    ----------
+    img_size
+        Pixels along one side of the square that the positional embedding was made for. Images of
+        other sizes are fine: the embedding is resized to their grid.
+    patch_size
+        Pixels along one side of a patch.
+    embed_dim
+        Width C of all blocks.
+    depth
+        Pairs of one frame block and one global block.
+    num_heads
+        Heads h of the frame and global blocks; C / h must be a multiple of 4, because the rotary
+        embedding turns pairs of channels separately for y and x.
+    mlp_ratio
+        Hidden width of a block's MLP over C.
+    num_register_tokens
+        Register tokens of a frame, beside its camera token.
+    patch_embed
+        "conv" (one convolution), a `ViTConfig`, or one of the names of DINOv2:
+        dinov2_vits14, dinov2_vitb14, dinov2_vitl14, each also with `_reg` (4 registers).
+    rope_frequency
+        Base frequency of the rotary position embedding.
+    init_values
+        Initial scale of the residual branches (LayerScale) in frame and global blocks.
+
+    Raises
+    ------
+    InputError
+        If sizes do not fit each other.
+    """
+
+    img_size: int = 518
+    patch_size: int = 14
+    embed_dim: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_register_tokens: int = 4
+    patch_embed: ViTConfig | Literal["conv"] | str | Mapping[str, Any] = "dinov2_vitl14_reg"
+    rope_frequency: float = 100.0
+    init_values: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("img_size", "patch_size", "embed_dim", "num_heads"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("depth", self.depth, 0)
+        _at_least("num_register_tokens", self.num_register_tokens, 0)
+        if self.img_size % self.patch_size:
+            raise InputError(
+                f"img_size must be a multiple of patch_size, got {self.img_size} and "
+                f"{self.patch_size}; use {self.img_size // self.patch_size * self.patch_size}"
+            )
+        if self.embed_dim % (4 * self.num_heads):
+            raise InputError(
+                "embed_dim must be a multiple of 4 · num_heads (rotary embedding in two "
+                f"dimensions), got embed_dim={self.embed_dim}, num_heads={self.num_heads}; "
+                f"use {-(-self.embed_dim // (4 * self.num_heads)) * 4 * self.num_heads} wide blocks"
+            )
+        # Frozen: the normal form replaces what was given, so that equal sizes compare equal.
+        object.__setattr__(self, "patch_embed", self._vit())
+
+    def _vit(self) -> ViTConfig | Literal["conv"]:
+        given = self.patch_embed
+        if isinstance(given, str):
+            if given == "conv":
+                return "conv"
+            given = self._named(given)
+        elif isinstance(given, Mapping):
+            given = ViTConfig(**_known(ViTConfig, given))
+        if not isinstance(given, ViTConfig):
+            raise InputError(
+                "patch_embed must be 'conv', a ViTConfig, a dict of its values or one of "
+                f"{', '.join(DINOV2_NAMES)}; got {given!r}"
+            )
+        if self.embed_dim % given.num_heads:
+            raise InputError(
+                f"embed_dim must be a multiple of the patch embedding's heads, got "
+                f"{self.embed_dim} and {given.num_heads} heads; choose a divisor of it"
+            )
+        return given
+
+    def _named(self, name: str) -> ViTConfig:
+        if name not in DINOV2_NAMES:
+            raise InputError(
+                f"patch_embed must be 'conv', a ViTConfig or one of {', '.join(DINOV2_NAMES)}; "
+                f"got {name!r}"
+            )
+        _, size, *registers = name.split("_")
+        width, depth, heads = DINOV2_SIZES[size]
+        if width != self.embed_dim:
+            raise InputError(
+                f"{name} is {width} wide and the blocks are embed_dim={self.embed_dim}: both "
+                f"must be equal; use embed_dim={width}, or a ViTConfig of your own"
+            )
+        return ViTConfig(depth=depth, num_heads=heads, num_register_tokens=4 if registers else 0)
+
+    @property
+    def vit(self) -> ViTConfig | None:
+        """The patch embedding's transformer; None where it is one convolution."""
+        return self.patch_embed if isinstance(self.patch_embed, ViTConfig) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VGGTConfig:
+        """Back from `to_dict`. Raises InputError for a name that is no size."""
+        return cls(**_known(cls, values))
+
+
+def _known(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    names = [field.name for field in fields(cls)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise InputError(
+            f"{cls.__name__} has no {', '.join(map(repr, unknown))}; its values are "
+            f"{', '.join(names)}"
+        )
+    return dict(values)
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
