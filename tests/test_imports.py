@@ -26,7 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": CORE,
     "projections": CORE,
     "verify": CORE | {"kernels"},
-    "capture": CORE | {"sites", "patching", "kernels", "projections", "verify"},
+    "multihead": CORE | {"kernels"},
+    "capture": CORE
+    | {"sites", "patching", "kernels", "multihead", "projections", "verify"},
     "analysis": CORE,
     "files": CORE,
     "paths": CORE | {"files"},

@@ -21,7 +21,17 @@ from torch import nn
 
 from vistvis.attention import Attention
 from vistvis.errors import CaptureError, InputError, LayoutError, SiteError
-from vistvis.kernels import SDPA, Keeping, KernelTap, Reading, read_sdpa, sdpa_call, without_value
+from vistvis.kernels import (
+    SDPA,
+    Keeping,
+    KernelTap,
+    Reading,
+    error_text,
+    read_sdpa,
+    sdpa_call,
+    without_value,
+)
+from vistvis.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
 from vistvis.patching import Forward, attach, detach
 from vistvis.projections import ProjectionTap
 from vistvis.siteinfo import SiteInfo
@@ -135,7 +145,6 @@ class _Run:
     """One site while it runs."""
 
     site: Site
-    tap: KernelTap | None = None
 
 
 class _ThreadState(threading.local):
@@ -152,6 +161,9 @@ class _SiteListener:
 
     def around(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
+            if self.site.source == "module":
+                self.owner._pending.append(("hidden", self.site.name, None, None))
+                return original(*args, **kwargs)
             with _CompiledTap(self.owner._pending, self.site.name, self.owner._verify):
                 return original(*args, **kwargs)
         return self.owner._run_site(self.site, original, args, kwargs)
@@ -166,6 +178,22 @@ class _RootListener:
             self.owner._pending.append(("pass", "", args, kwargs))
             return original(*args, **kwargs)
         return self.owner._run_root(original, args, kwargs)
+
+
+class _EncoderListener:
+    """On an encoder layer whose fused path skips the forward of its attention module."""
+
+    def __init__(self, owner: Capture, site: Site) -> None:
+        self.owner, self.site = owner, site
+
+    def around(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        reader = MultiheadReader(self.owner._keeping)
+        if torch.compiler.is_compiling() or not reader.can_run(original):
+            return original(*args, **kwargs)
+        out = reader.run(original, args, kwargs)
+        if reader.readings:
+            self.owner._finish_safely(self.site, reader.readings, reader.problems)
+        return out
 
 
 class _EntryListener:
@@ -260,6 +288,9 @@ class Capture(Mapping[str, Attention]):
     def _attach(self) -> None:
         for site in self._chosen.values():
             self._listen(site.module, _SiteListener(self, site))
+        modules = {site.module: site for site in self._chosen.values()}
+        for layer in encoder_layers(self._model, list(modules)):
+            self._listen(layer, _EncoderListener(self, modules[layer.self_attn]))
         self._listen(self._model, _RootListener(self))
         for name in _entries(self._model):
             self._listen(self._model, _EntryListener(self), name)
@@ -335,6 +366,8 @@ class Capture(Mapping[str, Attention]):
     ) -> Any:
         state = self._state
         outer = state.current
+        if outer is None:
+            self._drain()  # what compiled passes noted before this one is not this one's
         mine = state.current = _Pass(self._layout_of(args, kwargs))
         state.depth += not entry
         try:
@@ -359,11 +392,17 @@ class Capture(Mapping[str, Attention]):
         state = self._state
         run = _Run(site)
         stack = state.stack
-        run.tap = tap = KernelTap(
+        reader = MultiheadReader(self._keeping)
+        if reader.can_run(original):
+            out = reader.run(original, args, kwargs)
+            self._finish_safely(site, reader.readings, reader.problems)
+            return out
+        tap = KernelTap(
             heads=site.heads,
             batch=_batch(args, kwargs),
             keeping=self._keeping,
             active=lambda: stack[-1] is run,
+            instead={MULTIHEAD_FORWARD: reader.multi_head_attention},
         )
         before = ProjectionTap(site.module, site.heads) if self._source == "projection" else None
         stack.append(run)
@@ -376,11 +415,22 @@ class Capture(Mapping[str, Attention]):
                     out = original(*args, **kwargs)
         finally:
             stack.pop()
-        try:
-            self._finish(site, tap.readings, tap.problems, before)
-        except Exception as error:  # kept for access: the user's forward goes on
-            self._current().errors[site.name] = _one_line(error)
+        readings, problems = tap.readings + reader.readings, tap.problems + reader.problems
+        self._finish_safely(site, readings, problems, before)
         return out
+
+    def _finish_safely(
+        self,
+        site: Site,
+        readings: list[Reading],
+        problems: list[str],
+        before: ProjectionTap | None = None,
+    ) -> None:
+        try:
+            with torch.no_grad():
+                self._finish(site, readings, problems, before)
+        except Exception as error:  # kept for access: the user's forward goes on
+            self._current(site.name).errors[site.name] = error_text(error)
 
     def _finish(
         self,
@@ -410,7 +460,7 @@ class Capture(Mapping[str, Attention]):
             if before is not None:
                 attention = before.attention(attention, rope=self._rope)
         except Exception as error:
-            now.errors.setdefault(site.name, _one_line(error))
+            now.errors.setdefault(site.name, error_text(error))
             return
         source = "projection" if before is not None else reading.source
         self._sources[site.name] = source
@@ -486,10 +536,13 @@ class Capture(Mapping[str, Attention]):
                             done = self._state.current = _Pass(self._layout_of(call, out))
                         continue
                     site = self._chosen[name]
+                    if what == "hidden":
+                        self._finish(site, [], [f"{site.type} can't be read in compiled code"])
+                        continue
                     try:
                         readings = [read_sdpa(call, out, site.heads, None, self._keeping)]
                     except Exception as error:
-                        readings = [Reading(None, "kernel", error=_one_line(error))]
+                        readings = [Reading(None, "kernel", error=error_text(error))]
                     self._finish(site, readings, [])
                 if into is None:
                     self._commit(done)
@@ -714,10 +767,3 @@ def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         if isinstance(value, torch.Tensor) and value.ndim >= 2:
             return int(value.shape[0])
     return None
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error)
-    if not isinstance(error, (CaptureError, InputError)) and type(error).__module__ == "builtins":
-        text = f"{type(error).__name__}: {text}"
-    return " ".join(text.split())

@@ -114,8 +114,8 @@ class KernelTap(TorchFunctionMode):
         What to do with the tensors.
     active
         Says whether the calls belong to this tap (False inside a nested site).
-    eager
-        Whether to follow eager softmax code too.
+    instead
+        Functions that are run by another, which reads what they hide.
     """
 
     def __init__(
@@ -125,13 +125,13 @@ class KernelTap(TorchFunctionMode):
         batch: int | None,
         keeping: Keeping,
         active: Callable[[], bool],
-        eager: bool = True,
+        instead: Mapping[Callable[..., Any], Callable[..., Any]],
     ) -> None:
         super().__init__()
         self.heads, self.batch, self.keeping, self.active = heads, batch, keeping, active
         self.readings: list[Reading] = []
         self.problems: list[str] = []
-        self._flow = _Flow(self) if eager else None
+        self._instead, self._flow = instead, _Flow(self)
 
     def __torch_function__(
         self,
@@ -143,9 +143,10 @@ class KernelTap(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is SDPA:
             return self._sdpa(args, kwargs)
+        if func in self._instead and self.active():
+            return self._instead[func](*args, **kwargs)
         out = func(*args, **kwargs)
-        if self._flow is not None:
-            self._flow.follow(func, args, kwargs, out)
+        self._flow.follow(func, args, kwargs, out)
         return out
 
     def _sdpa(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -156,7 +157,7 @@ class KernelTap(TorchFunctionMode):
                     read_sdpa(sdpa_call(*args, **kwargs), out, self.heads, self.batch, self.keeping)
                 )
             except Exception as error:  # the user's forward goes on; raised at access
-                self.readings.append(Reading(None, "kernel", error=_text(error)))
+                self.readings.append(Reading(None, "kernel", error=error_text(error)))
         return out
 
 
@@ -308,10 +309,10 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
         return None
 
 
-def _text(error: Exception) -> str:
-    if isinstance(error, VistvisError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+def error_text(error: Exception) -> str:
+    """An error as one line; its type only where the text needs it."""
+    text = str(error) if isinstance(error, VistvisError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
 
 
 # -- eager code -----------------------------------------------------------------------------------
@@ -374,7 +375,7 @@ class _Flow:
                 equation = args[0] if func is torch.einsum else None
                 self._take(first, second, taken[0], out, equation)
             except Exception as error:
-                self._tap.readings.append(Reading(None, "softmax", error=_text(error)))
+                self._tap.readings.append(Reading(None, "softmax", error=error_text(error)))
         elif not any(isinstance(tensor, nn.Parameter) for tensor in tensors):
             self._mark(self._scores, out)
 

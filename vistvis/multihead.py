@@ -1,0 +1,222 @@
+"""`nn.MultiheadAttention` and the fused encoder layer: read without changing what they run.
+
+A function mode would switch off their fused paths, and forcing `need_weights` would change how the
+output is computed. So their own Python code runs, as it is, with a few names of its module looked
+up here instead: the kernel calls in it pass through a recorder. The fused native kernels take
+weights of the projection whole; there, queries and keys are projected once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import activation, transformer
+
+from vistvis.attention import Attention
+from vistvis.kernels import (
+    SDPA,
+    Keeping,
+    Reading,
+    UnreadableError,
+    error_text,
+    keep,
+    read_sdpa,
+    sdpa_call,
+)
+
+MULTIHEAD_FORWARD = F.multi_head_attention_forward
+
+
+class _Namespace:
+    """A module with some of its names replaced."""
+
+    def __init__(self, base: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced)
+        self._base = base
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+def _relinked(function: Any, module: Any, **replaced: Any) -> Any:
+    """The same code, with some of its module's names looked up elsewhere."""
+    made = FunctionType(
+        function.__code__,
+        {**module.__dict__, **replaced},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+class MultiheadReader:
+    """Runs PyTorch's multi-head attention code and records the kernel call in it."""
+
+    def __init__(self, keeping: Keeping) -> None:
+        self.keeping = keeping
+        self.readings: list[Reading] = []
+        self.problems: list[str] = []
+        self._heads = 1
+        self._soft: Tensor | None = None
+
+    def can_run(self, original: Any) -> bool:
+        """Whether `original` is PyTorch's own code, which this class knows."""
+        known = (nn.MultiheadAttention.forward, nn.TransformerEncoderLayer.forward)
+        return isinstance(original, MethodType) and original.__func__ in known
+
+    def run(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the `forward` of an `nn.MultiheadAttention` or `nn.TransformerEncoderLayer`."""
+        native = _Namespace(
+            torch,
+            _native_multi_head_attention=self._native,
+            _transformer_encoder_layer_fwd=self._encoder_layer,
+        )
+        if original.__func__ is nn.TransformerEncoderLayer.forward:
+            made = _relinked(original.__func__, transformer, torch=native)
+        else:
+            functions = _Namespace(F, multi_head_attention_forward=self.multi_head_attention)
+            made = _relinked(original.__func__, activation, torch=native, F=functions)
+        return made(original.__self__, *args, **kwargs)
+
+    def multi_head_attention(self, *args: Any, **kwargs: Any) -> Any:
+        """`F.multi_head_attention_forward`, recorded."""
+        self._heads = kwargs["num_heads"] if "num_heads" in kwargs else args[4]
+        made = _relinked(
+            MULTIHEAD_FORWARD,
+            F,
+            scaled_dot_product_attention=self._sdpa,
+            softmax=self._softmax,
+            dropout=self._dropout,
+            torch=_Namespace(torch, bmm=self._bmm),
+        )
+        return made(*args, **kwargs)
+
+    # -- the kernels -----------------------------------------------------------------------------
+
+    def _sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
+        out = SDPA(*args, **kwargs)
+        self._record(
+            lambda: read_sdpa(sdpa_call(*args, **kwargs), out, self._heads, None, self.keeping)
+        )
+        return out
+
+    def _softmax(self, scores: Tensor, dim: int) -> Tensor:
+        self._soft = F.softmax(scores, dim=dim)
+        return self._soft
+
+    def _dropout(self, weights: Tensor, p: float) -> Tensor:
+        self.problems.append(f"dropout is active on its weights (p={p:g}); call model.eval()")
+        return F.dropout(weights, p=p)
+
+    def _bmm(self, first: Tensor, second: Tensor) -> Tensor:
+        out = torch.bmm(first, second)
+        if first is self._soft:
+            self._soft = None
+            self._record(lambda: self._weights(first, second, out))
+        return out
+
+    def _weights(self, weights: Tensor, value: Tensor, out: Tensor) -> Reading:
+        def split(tensor: Tensor) -> Tensor:
+            return tensor.detach().unflatten(0, (-1, self._heads))
+
+        kept = Attention.from_weights(keep(split(weights), None, self.keeping.device))
+        if not self.keeping.values:
+            return Reading(kept, "module")
+        return Reading(kept, "module", split(value), split(out))
+
+    def _native(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        embed_dim: int,
+        num_heads: int,
+        weight: Tensor,
+        bias: Tensor,
+        *rest: Any,
+    ) -> Any:
+        out = torch._native_multi_head_attention(
+            query, key, value, embed_dim, num_heads, weight, bias, *rest
+        )
+        mask, kind = rest[2], rest[5]
+        self._record(lambda: self._projected(query, weight, bias, num_heads, mask, kind))
+        return out
+
+    def _encoder_layer(self, src: Tensor, width: int, heads: int, *rest: Any) -> Any:
+        out = torch._transformer_encoder_layer_fwd(src, width, heads, *rest)
+        weight, bias, norm_first, eps, norm_weight, norm_bias = *rest[:2], *rest[5:9]
+        mask, kind = rest[-2:]
+
+        def read() -> Reading:
+            x = src
+            if norm_first:
+                x = F.layer_norm(x, (width,), norm_weight, norm_bias, eps)
+            return self._projected(x, weight, bias, heads, mask, kind)
+
+        self._record(read)
+        return out
+
+    def _projected(
+        self, x: Tensor, weight: Tensor, bias: Tensor, heads: int, mask: Any, kind: Any
+    ) -> Reading:
+        """Queries and keys of the fused kernels, which don't show theirs: projected again."""
+        keys: Tensor | None = None
+        if x.is_nested:
+            lengths = [len(one) for one in x.unbind()]
+            x = x.to_padded_tensor(0.0)
+            places = torch.arange(x.shape[1], device=x.device)
+            real = places < torch.tensor(lengths, device=x.device)[:, None]
+            # Padding is no token here: its rows are empty, as its columns are.
+            keys = real[:, None, None, :] & real[:, None, :, None]
+        elif mask is not None:
+            keys = _native_mask(mask, kind)
+        width = x.shape[-1]
+        both = F.linear(x, weight[: 2 * width], bias[: 2 * width])
+        query, key = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in both.chunk(2, -1))
+        device = self.keeping.device
+        attention = Attention(
+            query=keep(query, None, device),
+            key=keep(key, None, device),
+            mask=None if keys is None else keep(keys, None, device, share=True),
+        )
+        if self.keeping.values:
+            raise UnreadableError(
+                "verify=True can't see the values inside PyTorch's fused native kernel; call "
+                "torch.backends.mha.set_fastpath_enabled(False) to verify"
+            )
+        return Reading(attention, "module")
+
+    def _record(self, read: Callable[[], Reading]) -> None:
+        try:
+            with torch.no_grad():
+                self.readings.append(read())
+        except Exception as error:  # the user's forward goes on; raised at access
+            self.readings.append(Reading(None, "module", error=error_text(error)))
+
+
+def _native_mask(mask: Tensor, kind: int) -> Tensor:
+    """The mask of the native kernels, as `scaled_dot_product_attention` would take it."""
+    if mask.dtype == torch.bool:
+        mask = ~mask  # here True leaves a key out
+    if kind == 1:  # one row of keys for each batch item
+        return mask[:, None, None, :]
+    return mask
+
+
+def encoder_layers(model: nn.Module, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+    """Encoder layers whose fused path would skip the forward of one of these modules."""
+    wanted = {id(module) for module in attentions}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        and type(module).forward is nn.TransformerEncoderLayer.forward
+        and id(module.self_attn) in wanted
+    ]
