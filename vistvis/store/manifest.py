@@ -1,0 +1,240 @@
+"""The manifest of a run: what is expected, what is finished, and how to know that it is sound."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vistvis.errors import StoreError, VistvisError
+from vistvis.siteinfo import SiteInfo
+from vistvis.store.tensors import DTYPES, TensorRecord
+from vistvis.tokens import TokenLayout
+
+FORMAT = "vistvis-run"
+SCHEMA = 1
+NAME = "manifest.json"
+# What replaces an earlier run gathers under this name, and takes the other in one rename.
+NEXT = "manifest.next.json"
+
+# Names of files as the writer makes them. A manifest is data from elsewhere: any other name in it,
+# one that leaves the folder first of all, is refused.
+SITE_FILE = re.compile(r"sites/[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}\.safetensors")
+IMAGES_FILE = re.compile(r"images(-[0-9]{1,9})?\.safetensors")
+
+TENSORS = {
+    "qk": ({"query", "key"}, {"query", "key", "mask", "scale"}),
+    "weights": ({"weights"}, {"weights"}),
+}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a run: its name within the folder, size, CRC-32 and tensors."""
+
+    file: str
+    nbytes: int
+    crc32: int
+    tensors: Mapping[str, TensorRecord]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "file": self.file,
+            "bytes": self.nbytes,
+            "crc32": f"{self.crc32:08x}",
+            "tensors": {
+                name: {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+                for name, tensor in self.tensors.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], pattern: re.Pattern[str]) -> FileRecord:
+        file = data["file"]
+        if not isinstance(file, str) or not pattern.fullmatch(file):
+            raise ValueError(f"no file of a run is named {file!r}")
+        tensors = {
+            str(name): TensorRecord(_known(tensor["dtype"]), _sizes(tensor["shape"]))
+            for name, tensor in data["tensors"].items()
+        }
+        return cls(file, _whole(data["bytes"]), int(data["crc32"], 16), tensors)
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One finished site: its file, and everything `Attention` needs beside the tensors."""
+
+    file: FileRecord
+    kind: str
+    shape: tuple[int, int, int, int]
+    scale: float | None
+    causal: bool
+    site: SiteInfo
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' code of the queries and keys, or of the weights."""
+        tensors = self.file.tensors
+        return tensors["query" if self.kind == "qk" else "weights"].dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "scale": self.scale,
+            "causal": self.causal,
+            "site": self.site.to_dict(),
+            **self.file.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SiteRecord:
+        file = FileRecord.from_dict(data, SITE_FILE)
+        kind = data["kind"]
+        needed, allowed = TENSORS[kind]
+        if not needed <= set(file.tensors) <= allowed:
+            raise ValueError(f"{kind} needs {sorted(needed)}, found {sorted(file.tensors)}")
+        batch, heads, queries, keys = _sizes(data["shape"])
+        scale = data["scale"]
+        if scale is not None:
+            scale = float(scale)
+            if not math.isfinite(scale):
+                raise ValueError("scale is not finite")
+        causal = data["causal"]
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal is {causal!r}")
+        site = SiteInfo.from_dict(data["site"])
+        return cls(file, kind, (batch, heads, queries, keys), scale, causal, site)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a run says about itself.
+
+    `closed` tells that writing came to its orderly end: a run that is not closed may lack sites
+    that nobody announced.
+    """
+
+    writer: str
+    expected: tuple[str, ...] = ()
+    closed: bool = False
+    model: str | None = None
+    layout: TokenLayout | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    images: FileRecord | None = None
+    sites: Mapping[str, SiteRecord] = field(default_factory=dict)
+    made_by: str = ""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Expected sites that are not finished, in order."""
+        return tuple(name for name in self.expected if name not in self.sites)
+
+    @property
+    def complete(self) -> bool:
+        return self.closed and not self.missing
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Records of every file the run consists of."""
+        images = [self.images] if self.images else []
+        return images + [record.file for record in self.sites.values()]
+
+    def with_site(self, name: str, record: SiteRecord) -> Manifest:
+        expected = self.expected if name in self.expected else (*self.expected, name)
+        return replace(self, expected=expected, sites={**self.sites, name: record})
+
+    def to_json(self) -> bytes:
+        data = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "made_by": self.made_by,
+            "writer": self.writer,
+            "model": self.model,
+            "layout": self.layout.to_dict() if self.layout else None,
+            "metadata": dict(self.metadata),
+            "closed": self.closed,
+            "expected": list(self.expected),
+            "missing": list(self.missing),
+            "images": self.images.to_dict() if self.images else None,
+            "sites": {name: record.to_dict() for name, record in self.sites.items()},
+        }
+        return json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> Manifest:
+        """Read and check a manifest; `where` names it in messages.
+
+        Raises
+        ------
+        StoreError
+            If it is no manifest, not a sound one, or of a schema newer than this version knows.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"{where} is damaged: it is not JSON ({error})") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise StoreError(f'{where} is not the manifest of a run: no "format": "{FORMAT}" in it')
+        schema = data.get("schema")
+        if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+            raise StoreError(f"{where} is damaged: its schema version is {schema!r}")
+        if schema > SCHEMA:
+            raise StoreError(
+                f"{where} has schema version {schema} (written by {data.get('made_by')!r}), and "
+                f"this version of vistvis reads up to {SCHEMA}; update vistvis"
+            )
+        try:
+            return cls._from_data(data)
+        except (
+            *(KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError),
+            VistvisError,
+        ) as error:
+            reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
+            raise StoreError(f"{where} is damaged: {reason}") from error
+
+    @classmethod
+    def _from_data(cls, data: Mapping[str, Any]) -> Manifest:
+        expected = tuple(data["expected"])
+        names = [*expected, *data["sites"]]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("names of sites are strings")
+        sites = {name: SiteRecord.from_dict(entry) for name, entry in data["sites"].items()}
+        known = set(expected)
+        layout, images, metadata = data["layout"], data["images"], data["metadata"]
+        if not isinstance(metadata, dict) or not isinstance(data["closed"], bool):
+            raise TypeError("metadata is an object and closed is true or false")
+        for key in ("writer", "made_by", "model"):
+            if not isinstance(data[key], str) and not (key == "model" and data[key] is None):
+                raise TypeError(f"{key} is {data[key]!r}")
+        return cls(
+            writer=data["writer"],
+            expected=(*expected, *(name for name in sites if name not in known)),
+            closed=data["closed"],
+            model=data["model"],
+            layout=TokenLayout.from_dict(layout) if layout is not None else None,
+            metadata=metadata,
+            images=FileRecord.from_dict(images, IMAGES_FILE) if images is not None else None,
+            sites=sites,
+            made_by=data["made_by"],
+        )
+
+
+def _known(code: Any) -> str:
+    if code not in DTYPES:
+        raise ValueError(f"unknown dtype {code!r}")
+    return str(code)
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    return tuple(_whole(value) for value in values)
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no size")
+    return value

@@ -1,0 +1,276 @@
+"""Where a run lies: a folder of this machine, or one behind an fsspec URL.
+
+Both write whole files only. What differs is said at each class and in the README: a local folder
+can be mapped and locked, and its files survive a power cut once written; behind a URL the service
+decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from vistvis.errors import StoreError
+
+LOCK = ".lock"
+SITES = "sites"
+TEMPORARY = ".part"
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")
+
+
+@contextlib.contextmanager
+def reported(action: str) -> Iterator[None]:
+    """Turn what the operating system or a service refuses into a `StoreError` that says what."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "")
+        raise StoreError(f"{action}: {error.strerror or error}{hint}") from error
+
+
+_HINTS = {
+    errno.ENOSPC: "; free some space and call again: finished sites are kept",
+    errno.EDQUOT: "; free some space and call again: finished sites are kept",
+    errno.EFBIG: "; the limit on file sizes is in the way",
+    errno.EROFS: "; choose a folder that can be written",
+    errno.EACCES: "; choose a folder that can be written and read by you",
+    errno.EPERM: "; choose a folder that can be written and read by you",
+}
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Any]:
+    """A binary file that takes the place of `path` when the block ends well, and else vanishes."""
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let renames in a folder reach the disk, where the system can be told to."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(handle)
+
+
+class Place(Protocol):
+    """A folder of whole files. Names are relative, with `/`."""
+
+    root: str
+    locks: bool
+
+    def where(self, name: str) -> str:
+        """The file in words, for messages."""
+
+    def read(self, name: str) -> bytes:
+        """A whole file; FileNotFoundError where there is none."""
+
+    def write(self, name: str, pieces: Iterable[Any]) -> tuple[int, int]:
+        """Put a file in place whole or not at all; returns its size and CRC-32."""
+
+    def sizes(self) -> dict[str, int]:
+        """Every file of the folder and of its `sites` with its size."""
+
+    def rename(self, old: str, new: str) -> None:
+        """Let a file take the place of another, which is never missing or half there."""
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+
+    def lock(self) -> AbstractContextManager[Any]:
+        """Keep other writers away, as far as the place can. Makes the folder."""
+
+    def local(self, name: str) -> Path | None:
+        """The path of a file that can be mapped, or None."""
+
+
+def place_of(
+    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
+) -> Place:
+    """The place that a path or fsspec URL names.
+
+    Raises
+    ------
+    StoreError
+        If fsspec does not know the protocol, or lacks the package for it.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise StoreError(f"a run lies in a folder or at an fsspec URL, got {text!r}")
+    if not _URL.match(text):
+        return LocalFolder(Path(text))
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
+
+    try:
+        system, root = fsspec.core.url_to_fs(text, **(storage_options or {}))
+    except (ValueError, ImportError) as error:
+        raise StoreError(f"{text} can't be reached: {error}") from error
+    if isinstance(system, LocalFileSystem):
+        return LocalFolder(Path(root))
+    return RemoteFolder(system, root, text)
+
+
+class LocalFolder:
+    """A folder of this machine.
+
+    Every file goes to a temporary name beside it, is flushed to the disk, and is renamed: after a
+    crash or a power cut it is there whole, or as it was before.
+    """
+
+    locks = True
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = str(folder)
+
+    def where(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def path(self, name: str) -> Path:
+        """The path of a file; a symbolic link that leads out of the folder is refused."""
+        path = self.folder / name
+        root = os.path.realpath(self.folder)
+        if os.path.commonpath((root, os.path.realpath(path))) != root:
+            raise StoreError(f"{path} leads out of {self.folder} through a symbolic link")
+        return path
+
+    def local(self, name: str) -> Path:
+        return self.path(name)
+
+    def read(self, name: str) -> bytes:
+        return self.path(name).read_bytes()
+
+    def write(self, name: str, pieces: Iterable[Any]) -> tuple[int, int]:
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = crc = 0
+        with atomic_file(path) as file:
+            for piece in pieces:
+                file.write(piece)
+                crc = zlib.crc32(piece, crc)
+                size += len(piece)
+        return size, crc
+
+    def sizes(self) -> dict[str, int]:
+        found = {}
+        for prefix in ("", f"{SITES}/"):
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.path(prefix)) as entries:
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):  # a writer is at work beside us
+                        if entry.is_file():
+                            found[prefix + entry.name] = entry.stat().st_size
+        return found
+
+    def rename(self, old: str, new: str) -> None:
+        os.replace(self.path(old), self.path(new))
+        sync_folder(self.folder)
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The operating system lets go of this lock when its holder dies, however it dies.
+        lock = FileLock(self.path(LOCK), timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise StoreError(
+                f"{self.folder} is being written by someone else (its {LOCK} is held); wait for "
+                "them, or write to another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class RemoteFolder:
+    """A folder behind an fsspec URL: whole objects only, no mapping, no lock.
+
+    An object appears whole or not at all where the service promises so (S3, GCS, Azure and
+    `memory://` do; a remote file system such as SFTP does not). Two writers are noticed, not kept
+    apart.
+    """
+
+    locks = False
+
+    def __init__(self, system: Any, root: str, url: str) -> None:
+        self.system, self.base, self.root = system, root.rstrip("/"), url.rstrip("/")
+
+    def where(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def local(self, name: str) -> None:
+        return None
+
+    def read(self, name: str) -> bytes:
+        return bytes(self.system.cat_file(f"{self.base}/{name}"))
+
+    def write(self, name: str, pieces: Iterable[Any]) -> tuple[int, int]:
+        data = b"".join(pieces)
+        path = f"{self.base}/{name}"
+        try:
+            self.system.pipe_file(path, data)
+        except FileNotFoundError:  # a service that has real folders
+            self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self.system.pipe_file(path, data)
+        return len(data), zlib.crc32(data)
+
+    def sizes(self) -> dict[str, int]:
+        self.system.invalidate_cache()
+        found = {}
+        for prefix in ("", f"{SITES}/"):
+            try:
+                entries = self.system.ls(f"{self.base}/{prefix}".rstrip("/"), detail=True)
+            except FileNotFoundError:
+                continue
+            for entry in entries:
+                if entry["type"] == "file":
+                    name = prefix + entry["name"].rstrip("/").rpartition("/")[2]
+                    found[name] = int(entry["size"])
+        return found
+
+    def rename(self, old: str, new: str) -> None:
+        # Object stores have no rename; a put of the same bytes is what is whole or not at all.
+        self.write(new, [self.read(old)])
+        self.remove(old)
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.system.rm_file(f"{self.base}/{name}")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        yield

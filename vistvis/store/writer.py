@@ -1,0 +1,339 @@
+"""Writing a run: site by site in the background while the model runs, or all at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from vistvis.attention import Attention
+from vistvis.checks import describe
+from vistvis.errors import InputError, StoreError
+from vistvis.store.given import image_tensor, made_by, plain_metadata, site_names
+from vistvis.store.ledger import Ledger
+from vistvis.store.manifest import Manifest
+from vistvis.store.places import Place, place_of, reported
+from vistvis.store.reader import Run, open_run
+from vistvis.store.tensors import Encoded
+from vistvis.tokens import TokenLayout
+
+
+class RunWriter:
+    """Write a run site by site, in the background, in the order given.
+
+        with vistvis.RunWriter("runs/fern", images=images, layout=layout) as writer:
+            with vistvis.capture(model, sink=writer):
+                model(images)
+
+    Parameters
+    ----------
+    path
+        A folder, made where there is none, or an fsspec URL such as `s3://bucket/fern`.
+    expected
+        Names of the sites that are to come, so that a run cut short can say what it lacks. Also
+        `expect(names)` later.
+    images
+        What the model saw: `(S, 3, H, W)` or `(B, S, 3, H, W)`, a tensor or array of any dtype,
+        kept as it is; or a list of equal pictures `(H, W, 3)`.
+    layout
+        The token layout of the whole sequence.
+    model, metadata
+        A name, and anything JSON can hold, kept with the run.
+    resume
+        Where `path` has an unfinished run of the same model, layout, images and metadata, keep what
+        it has: a site written again with the same content is not written twice. False begins anew.
+    queue_size
+        How many sites may wait for the disk before `write` waits too. They are held in memory.
+    storage_options
+        Passed to fsspec with a URL.
+
+    Where `path` has a finished run, or an unfinished one of something else, that run stays readable
+    until `close`, when the new one takes its place at once; if the new one is not whole by then, it
+    does not. Memory: `queue_size + 2` sites at most.
+
+    Raises
+    ------
+    StoreError
+        If the folder can't be written, is being written by someone else, or holds something that
+        is not a run of this schema. Errors of the background surface at the next `write` or at
+        `close`; sites finished before stay.
+    InputError
+        If images, names or metadata are not as said above.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        expected: Iterable[str] | None = None,
+        images: Any = None,
+        layout: TokenLayout | None = None,
+        model: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        resume: bool = True,
+        queue_size: int = 4,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if queue_size < 1:
+            raise InputError(f"queue_size is at least 1, got {queue_size}")
+        wanted = Manifest(
+            writer=secrets.token_hex(8),
+            expected=site_names(expected or ()),
+            model=None if model is None else str(model),
+            layout=layout,
+            metadata=plain_metadata(metadata),
+            made_by=made_by(),
+        )
+        pictures = None if images is None else Encoded({"images": image_tensor(images)})
+        self._place: Place = place_of(path, storage_options)
+        self._given: set[str] = set()
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._closed = False
+        self._queue: queue.Queue[_Item | None] = queue.Queue(queue_size)
+        self._held = contextlib.ExitStack()
+        with self._held, reported(f"can't write a run in {self._place.root}"):
+            self._held.enter_context(self._place.lock())
+            self._ledger = Ledger(self._place, wanted, pictures, resume=resume)
+            self._held = self._held.pop_all()
+        self._thread = threading.Thread(target=self._work, name="vistvis writer", daemon=True)
+        self._thread.start()
+
+    # -- the caller's side -----------------------------------------------------------------------
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Announce sites that are to come, before the first of them is written.
+
+        Raises
+        ------
+        StoreError
+            As at the next `write`.
+        """
+        self._put(_Expected(site_names(names)))
+
+    def write(self, name: str, attention: Attention) -> None:
+        """Hand over one site; returns at once unless `queue_size` sites are waiting already.
+
+        Q and K are not copied before they are written. If they are written into meanwhile, that is
+        noticed and the site is not stored.
+
+        Raises
+        ------
+        StoreError
+            If a site handed over before could not be written.
+        InputError
+            If `name` can't name a file in the run or was written already, or `attention` is no
+            `Attention`.
+        """
+        site_names([name])
+        if not isinstance(attention, Attention):
+            raise InputError(
+                f"{name!r} must be an Attention, got {describe(attention)}; for a tensor of "
+                "weights use Attention.from_weights(tensor)"
+            )
+        if name in self._given:
+            raise InputError(
+                f"site {name!r} was written to {self._place.root} already; a run holds one "
+                "forward pass, so give each pass a run of its own"
+            )
+        self._put(_Site(name, attention, _event_of(attention)))
+        self._given.add(name)
+
+    # `capture(model, sink=writer)` calls its sink.
+    __call__ = write
+
+    @property
+    def finished(self) -> tuple[str, ...]:
+        """Sites that are stored by now, those of the resumed run among them."""
+        return tuple(self._ledger.manifest.sites)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Expected sites that are not stored yet."""
+        return self._ledger.manifest.missing
+
+    def close(self) -> None:
+        """Write what is waiting and end the run.
+
+        Raises
+        ------
+        StoreError
+            If something could not be written; or if the run was to replace another and is not
+            whole, in which case the other stays.
+        """
+        self._close(orderly=True)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close(orderly=error is None)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        done, all_of_them = len(self._ledger.manifest.sites), len(self._ledger.manifest.expected)
+        return f"RunWriter({self._place.root!r}, {state}, {done} of {all_of_them} sites stored)"
+
+    def _put(self, item: _Item) -> None:
+        if self._closed:
+            raise StoreError(f"the run in {self._place.root} is closed; open another RunWriter")
+        self._raise()
+        self._queue.put(item)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _close(self, *, orderly: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with self._held:
+            try:
+                self._queue.put(None)
+                self._thread.join()
+            except BaseException:  # Ctrl-C while waiting: no more than the site at hand
+                self._abandoned = True
+                self._thread.join()
+                raise
+            if not orderly:
+                return
+            self._raise()
+            self._ledger.finish()
+
+    # -- the background ---------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is not None or self._abandoned:
+                continue
+            try:
+                if isinstance(item, _Expected):
+                    self._ledger.expect(item.names)
+                else:
+                    check = item.attention._check_unwritten
+                    self._ledger.add(item.name, _on_host(item), check)
+            except BaseException as error:
+                self._error = error
+            # The last reference must not outlive the work: it may hold memory of the device.
+            del item
+
+
+@dataclass(frozen=True)
+class _Site:
+    name: str
+    attention: Attention
+    event: Any
+
+
+@dataclass(frozen=True)
+class _Expected:
+    names: tuple[str, ...]
+
+
+_Item = _Site | _Expected
+
+
+def save_run(
+    captured: Mapping[str, Attention],
+    path: str | os.PathLike[str],
+    *,
+    images: Any = None,
+    layout: TokenLayout | None = None,
+    model: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    progress: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Run:
+    """Store attention of one forward pass as a run, and open it.
+
+    Parameters
+    ----------
+    captured
+        Any mapping of site names to `Attention`.
+    path, images, layout, model, metadata, resume, storage_options
+        As for `RunWriter`. Without `layout`, the longest key layout among the sites is taken.
+    progress
+        Show a bar.
+
+    Returns
+    -------
+    Run
+        The run, opened: nothing of it is in memory.
+
+    Raises
+    ------
+    StoreError, InputError
+        As `RunWriter`; an earlier run in `path` is then as it was.
+
+    Cost: the bytes of Q and K (and masks) once. No dense matrix is built.
+    """
+    names = site_names(captured)
+    if not names:
+        raise InputError("there is nothing to store: the mapping has no site")
+    if layout is None:
+        sites = [getattr(captured[name], "site", None) for name in names]
+        layouts = [site.key_layout for site in sites if site and site.key_layout]
+        layout = max(layouts, key=lambda known: known.num_tokens, default=None)
+    with RunWriter(
+        path,
+        expected=names,
+        images=images,
+        layout=layout,
+        model=model,
+        metadata=metadata,
+        resume=resume,
+        storage_options=storage_options,
+    ) as writer:
+        for name in _shown(names, progress):
+            writer.write(name, captured[name])
+    return open_run(path, storage_options=storage_options)
+
+
+def _event_of(attention: Attention) -> Any:
+    if attention.device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(attention.device))
+    return event
+
+
+_streams: dict[Any, Any] = {}
+
+
+def _on_host(item: _Site) -> Attention:
+    """The site in host memory. On a GPU the copy waits for Q and K, but not for what comes after
+    them: it has a stream of its own, beside the model's."""
+    attention = item.attention.detach()
+    if item.event is None:
+        return attention.cpu()
+    device = attention.device
+    stream = _streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        stream.wait_event(item.event)
+        attention = attention.cpu()
+        stream.synchronize()
+    return attention
+
+
+def _shown(names: tuple[str, ...], progress: bool) -> Iterable[str]:
+    if not progress:
+        return names
+    from tqdm.auto import tqdm
+
+    bar: Callable[..., Iterable[str]] = tqdm
+    return bar(names, desc="storing", unit="site")
