@@ -273,6 +273,26 @@ def test_under_other_modes(model: VGGT, images: Tensor, context: str) -> None:
     assert traces(model) == []
 
 
+def test_under_compile(model: VGGT, images: Tensor) -> None:
+    def compiled() -> nn.Module:
+        torch._dynamo.reset()
+        return torch.compile(model, backend="aot_eager")
+
+    plain = output(compiled(), images)  # type: ignore[arg-type]
+    fast = compiled()
+    with AttentionExtractor(model) as extractor:
+        extractor.register_hooks()
+        for _ in range(2):
+            assert torch.equal(output(fast, images), plain)  # type: ignore[arg-type]
+        eager, _ = run(model, images)  # another capture, and a pass that is not compiled
+    torch._dynamo.reset()
+    for name, attention in eager.captured.items():
+        for found in (extractor.captured[name], attention):
+            assert found.shape == attention.shape
+            assert float((found.dense() - attention.dense()).abs().max()) < 1e-5
+    assert traces(model) == []
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_after_an_error(
     model: VGGT, images: Tensor, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
