@@ -1,0 +1,391 @@
+"""Figures of one query token: the picture and what it attends to.
+
+Drawing only: every number comes from `vggt_adapter.values`. Positions are worked out in inches, so
+that pictures keep their shape and no label is clipped, whatever the number of frames.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from vggt_adapter.inputs import Head, Images, Weights
+from vggt_adapter.values import Match, QueryValues, query_values
+from vistvis.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    from vistvis.views.figures import NotebookFigure
+
+NORMS = ("linear", "log", "percentile")
+DPI = 150
+
+# Inches.
+_SIDE = 0.3
+_PANEL_TITLE = 0.3
+_UNDER = 0.28
+_GAP = 0.12
+_GROUP_GAP = 0.2
+_BAR = 0.16
+_BAR_SPACE = 1.15
+_WIDEST, _HIGHEST = 4.4, 3.6
+_MIN_WIDTH = 7.4
+
+_LUMA = (0.299, 0.587, 0.114)
+_BACKDROP = 0.22
+_INK, _QUIET = "#1b1b1f", "#6a6a73"
+
+
+def visualize_attention_on_image(
+    attn_weights: Weights,
+    images: Images,
+    token_idx: SupportsIndex,
+    head_idx: Head = 0,
+    patch_start_idx: SupportsIndex | None = None,
+    attention_type: str | None = None,
+    *,
+    frame_idx: SupportsIndex | None = None,
+    batch_idx: SupportsIndex = 0,
+    patch_size: int | tuple[int, int] | None = None,
+    renormalize: bool = False,
+    allow_special: bool = False,
+    norm: str = "linear",
+    cmap: str = "inferno",
+    block_idx: int | None = None,
+    save_path: str | os.PathLike[str] | None = None,
+) -> NotebookFigure:
+    """Draw what one query token attends to.
+
+    Frame attention: the frame on the left with the query outlined, its heatmap on the right.
+    Global attention: all frames above, their heatmaps below on one colour scale, the query
+    outlined in its frame. A ring marks the strongest patch of every frame.
+
+    Parameters
+    ----------
+    attn_weights, images, token_idx, head_idx, patch_start_idx, attention_type, frame_idx, \
+batch_idx, patch_size, renormalize, allow_special
+        As in `get_attention_values`.
+    norm
+        "linear" from 0 to the largest weight; "log"; "percentile": linear up to the 99th, so that
+        one strong sink does not turn everything else black.
+    cmap
+        A matplotlib colour map.
+    block_idx
+        For the title, where plain tensors don't say which block they come from.
+    save_path
+        Write the figure there too; the ending chooses the format.
+
+    Returns
+    -------
+    A matplotlib figure that pyplot does not know: nothing to close, and it shows in notebooks.
+
+    Raises
+    ------
+    InputError, IndexOutOfRange
+        As `get_attention_values`; also for an unknown `norm`.
+    """
+    values = query_values(
+        attn_weights,
+        images,
+        token_idx,
+        head_idx=head_idx,
+        patch_start_idx=patch_start_idx,
+        attention_type=attention_type,
+        frame_idx=frame_idx,
+        batch_idx=batch_idx,
+        patch_size=patch_size,
+        renormalize=renormalize,
+        allow_special=allow_special,
+    )
+    figure = draw_values(values, norm=norm, cmap=cmap, block_idx=block_idx)
+    if save_path is not None:
+        save_figure(figure, save_path)
+    return figure
+
+
+def draw_values(
+    values: QueryValues,
+    *,
+    norm: str = "linear",
+    cmap: str = "inferno",
+    block_idx: int | None = None,
+) -> NotebookFigure:
+    """The figure of values that are already computed; see `visualize_attention_on_image`."""
+    if norm not in NORMS:
+        raise InputError(f"norm is one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    from vistvis.overlay import normalizer
+
+    # The scale comes from the maps, not from the resized ones: resizing softens the peaks.
+    scale = normalizer(values.maps, norm=norm)
+    lines = _title_lines(values, block_idx)
+    if values.attention_type == "frame":
+        return _draw_frame(values, scale, norm, cmap, lines)
+    return _draw_global(values, scale, norm, cmap, lines)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure so that the file is either whole or not there.
+
+    The folder is made where it is missing. Returns the path.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix or '.png'}")
+    try:
+        figure.savefig(partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+# -- the two figures -----------------------------------------------------------------------------
+
+
+def _draw_frame(
+    values: QueryValues, scale: Normalize, norm: str, cmap: str, lines: list[str]
+) -> NotebookFigure:
+    height, width = values.layout.image_size
+    plan = _Plan.of(columns=2, rows=1, aspect=height / width, heat_below=False)
+    figure = plan.figure(lines)
+    picture = plan.axes(figure, 0, 0)
+    heat = plan.axes(figure, 0, 1)
+    frame = values.query.frame
+    picture.imshow(values.images[frame], interpolation="antialiased")
+    _panel_title(picture, f"frame {frame}")
+    drawn = _heatmap(heat, values, 0, scale, cmap)
+    _panel_title(heat, "attention within the frame")
+    _mark_match(picture, values.matches[0])
+    _mark_match(heat, values.matches[0])
+    _mark_query(picture, values)
+    _mark_query(heat, values)
+    _note(heat, values.matches[0], values)
+    plan.colour_bar(figure, drawn, norm)
+    return figure
+
+
+def _draw_global(
+    values: QueryValues, scale: Normalize, norm: str, cmap: str, lines: list[str]
+) -> NotebookFigure:
+    height, width = values.layout.image_size
+    frames = values.layout.frames
+    columns = frames if frames <= 4 else math.ceil(math.sqrt(1.5 * frames))
+    plan = _Plan.of(
+        columns=columns,
+        rows=math.ceil(frames / columns),
+        aspect=height / width,
+        heat_below=True,
+    )
+    figure = plan.figure(lines)
+    drawn: Any = None
+    for frame, match in zip(values.frames, values.matches, strict=True):
+        row, column = divmod(frame, columns)
+        picture = plan.axes(figure, row, column)
+        heat = plan.axes(figure, row, column, below=True)
+        picture.imshow(values.images[frame], interpolation="antialiased")
+        drawn = _heatmap(heat, values, frame, scale, cmap)
+        mine = frame == values.query.frame
+        _panel_title(picture, f"frame {frame} · query" if mine else f"frame {frame}", strong=mine)
+        for axes in (picture, heat):
+            _mark_match(axes, match)
+            if mine:
+                _mark_query(axes, values)
+        _note(heat, match, values)
+    plan.colour_bar(figure, drawn, norm)
+    return figure
+
+
+# -- where things go -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Panels in inches: `rows` groups of `columns` pictures, each with its heatmap below."""
+
+    columns: int
+    rows: int
+    cell: tuple[float, float]
+    heat_below: bool
+
+    @classmethod
+    def of(cls, *, columns: int, rows: int, aspect: float, heat_below: bool) -> _Plan:
+        width = min(_WIDEST, 12.4 / columns, _HIGHEST / aspect)
+        return cls(columns, rows, (width, width * aspect), heat_below)
+
+    @property
+    def group(self) -> float:
+        """Height of one group: title, picture, heatmap, note."""
+        panels = 2 if self.heat_below else 1
+        return _PANEL_TITLE + panels * self.cell[1] + (panels - 1) * _GAP + _UNDER
+
+    @property
+    def body(self) -> tuple[float, float]:
+        return (
+            self.columns * self.cell[0] + (self.columns - 1) * _GAP,
+            self.rows * self.group + (self.rows - 1) * _GROUP_GAP,
+        )
+
+    @property
+    def size(self) -> tuple[float, float]:
+        width = max(_MIN_WIDTH, self.body[0] + 2 * _SIDE + _BAR_SPACE)
+        return width, self.head + self.body[1] + _SIDE / 2
+
+    @property
+    def head(self) -> float:
+        return 1.05
+
+    @property
+    def left(self) -> float:
+        """Where the panels begin: they sit in the middle of a figure that the title made wide."""
+        return max(_SIDE, (self.size[0] - self.body[0] - _BAR_SPACE) / 2)
+
+    def figure(self, lines: list[str]) -> NotebookFigure:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        from vistvis.views.figures import NotebookFigure
+
+        figure = NotebookFigure(figsize=self.size, dpi=DPI, facecolor="white")
+        FigureCanvasAgg(figure)
+        width, height = self.size
+        top = height - 0.34
+        for number, line in enumerate(lines):
+            figure.text(
+                _SIDE / width,
+                (top - (0, 0.27, 0.49)[number]) / height,
+                line,
+                fontsize=14 if number == 0 else 10,
+                fontweight="bold" if number == 0 else "normal",
+                color=_INK if number < 2 else _QUIET,
+                va="center",
+            )
+        return figure
+
+    def axes(self, figure: Figure, row: int, column: int, *, below: bool = False) -> Axes:
+        width, height = self.cell
+        x = self.left + column * (width + _GAP)
+        y = self.head + row * (self.group + _GROUP_GAP) + _PANEL_TITLE
+        if below:
+            y += height + _GAP
+        axes = figure.add_axes(self._box(x, y, width, height))
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        return axes
+
+    def colour_bar(self, figure: Figure, drawn: Any, norm: str) -> None:
+        """One bar for all heatmaps, beside them."""
+        width, height = self.cell
+        x = self.left + self.body[0] + 0.18
+        y = self.head + _PANEL_TITLE
+        span = self.body[1] - _PANEL_TITLE - _UNDER
+        if self.heat_below and self.rows == 1:
+            y, span = y + height + _GAP, height
+        axes = figure.add_axes(self._box(x, y, _BAR, span))
+        bar = figure.colorbar(drawn, cax=axes, extend="max" if norm == "percentile" else "neither")
+        label = {"linear": "attention weight", "log": "attention weight, log scale"}
+        bar.set_label(label.get(norm, "attention weight, to the 99th percentile"), fontsize=9)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        axes.tick_params(labelsize=8, length=2.5, color=_QUIET, labelcolor=_INK)
+        if norm != "log":
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+            axes.yaxis.get_offset_text().set_fontsize(8)
+            axes.yaxis.get_offset_text().set_horizontalalignment("left")
+
+    def _box(self, x: float, y: float, width: float, height: float) -> tuple[float, ...]:
+        """A box from the top left in inches as matplotlib wants it: fractions, from below."""
+        total_width, total_height = self.size
+        return (
+            x / total_width,
+            1 - (y + height) / total_height,
+            width / total_width,
+            height / total_height,
+        )
+
+
+def _heatmap(axes: Axes, values: QueryValues, at: int, scale: Normalize, cmap: str) -> Any:
+    """Weights in colour; where they are dark the picture shines through, faint and grey."""
+    from matplotlib.cm import ScalarMappable
+
+    mappable = ScalarMappable(norm=scale, cmap=cmap)
+    heat = mappable.to_rgba(values.resized[at])[..., :3]
+    grey = values.images[values.frames[at]] @ _LUMA
+    # "Screen": bright colours, which carry the message, stay as the colour bar has them.
+    screened = 1 - (1 - heat) * (1 - _BACKDROP * grey[..., None])
+    axes.imshow(screened.clip(0, 1), interpolation="antialiased")
+    return mappable
+
+
+# -- marks and words -----------------------------------------------------------------------------
+
+
+def _mark_query(axes: Axes, values: QueryValues) -> None:
+    """Outline the query's patch; a special token has no place, so its whole frame is outlined."""
+    from matplotlib.patches import Rectangle
+
+    height, width = values.layout.image_size
+    x0, y0, x1, y1 = values.query.box or (0, 0, width, height)
+    pad = 0.3 * values.layout.patch_size[0] if values.query.is_patch else 0.0
+    # Pixel centres are whole numbers in imshow, so that a pixel's edge lies half a pixel before.
+    corner, size = (x0 - 0.5 - pad, y0 - 0.5 - pad), (x1 - x0 + 2 * pad, y1 - y0 + 2 * pad)
+    # The line runs just outside the patch, which stays to be seen; of its three colours one stands
+    # out on any picture.
+    for colour, line in (("black", 3.8), ("white", 2.8), ("#e6007e", 1.5)):
+        axes.add_patch(
+            Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=line, zorder=5)
+        )
+
+
+def _mark_match(axes: Axes, match: Match) -> None:
+    from matplotlib.patches import Circle
+
+    assert match.place.box is not None
+    x0, y0, x1, y1 = match.place.box
+    centre = ((x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2)
+    radius = 1.1 * max(x1 - x0, y1 - y0)
+    for colour, line in (("black", 2.4), ("white", 1.1)):
+        axes.add_patch(Circle(centre, radius, fill=False, edgecolor=colour, linewidth=line))
+
+
+def _panel_title(axes: Axes, text: str, *, strong: bool = False) -> None:
+    axes.set_title(
+        text, fontsize=10, pad=4, color=_INK, fontweight="bold" if strong else "normal", loc="left"
+    )
+
+
+def _note(axes: Axes, match: Match, values: QueryValues) -> None:
+    """Under a heatmap: how much of the weight lies in this frame."""
+    of = "of the patch weight" if values.renormalized else "of the weight"
+    share = f"{100 * match.share:.1f} % {of}"
+    if values.head == "max":  # maxima over heads don't add up to a share of anything
+        share = f"largest {match.weight:.3g}"
+    axes.set_xlabel(share, fontsize=8.5, color=_QUIET, labelpad=3, loc="left")
+
+
+def _title_lines(values: QueryValues, block_idx: int | None) -> list[str]:
+    site = values.site
+    block = site.block if site is not None and site.block is not None else block_idx
+    title = [f"{values.attention_type.capitalize()} attention"]
+    if block is not None:
+        title.append(f"block {block}")
+    if isinstance(values.head, int):
+        title.append(f"head {values.head}")
+    else:
+        title.append(f"{values.head} of {values.num_heads} heads")
+    if site is not None and site.rope is False:
+        title.append("taken before RoPE")
+    place = values.query
+    where = f"row {place.row}, col {place.col}" if place.is_patch else f"a {place.kind} token"
+    query = (
+        f"query: token {place.token_in_frame} of frame {place.frame} "
+        f"(absolute {place.token}), {where}"
+    )
+    scale = "weights over patches only" if values.renormalized else "softmax over all tokens"
+    note = f"{scale}; {100 * values.patch_mass:.1f} % lies on patches" * (values.head != "max")
+    return [" · ".join(title), query, f"{note or scale}   □ query   ○ strongest patch of a frame"]
