@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
-
     from vistvis.views.figures import NotebookFigure
 
 NORMS = ("linear", "log", "percentile")
@@ -247,7 +246,6 @@ class _Plan:
 
     def figure(self, lines: list[str]) -> NotebookFigure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-
         from vistvis.views.figures import NotebookFigure
 
         figure = NotebookFigure(figsize=self.size, dpi=DPI, facecolor="white")
@@ -281,7 +279,7 @@ class _Plan:
 
     def colour_bar(self, figure: Figure, drawn: Any, norm: str) -> None:
         """One bar for all heatmaps, beside them."""
-        width, height = self.cell
+        height = self.cell[1]
         x = self.left + self.body[0] + 0.18
         y = self.head + _PANEL_TITLE
         span = self.body[1] - _PANEL_TITLE - _UNDER
@@ -291,14 +289,16 @@ class _Plan:
         bar = figure.colorbar(drawn, cax=axes, extend="max" if norm == "percentile" else "neither")
         label = {"linear": "attention weight", "log": "attention weight, log scale"}
         bar.set_label(label.get(norm, "attention weight, to the 99th percentile"), fontsize=9)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         axes.tick_params(labelsize=8, length=2.5, color=_QUIET, labelcolor=_INK)
         if norm != "log":
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
             axes.yaxis.get_offset_text().set_fontsize(8)
             axes.yaxis.get_offset_text().set_horizontalalignment("left")
 
-    def _box(self, x: float, y: float, width: float, height: float) -> tuple[float, ...]:
+    def _box(
+        self, x: float, y: float, width: float, height: float
+    ) -> tuple[float, float, float, float]:
         """A box from the top left in inches as matplotlib wants it: fractions, from below."""
         total_width, total_height = self.size
         return (

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 from vistvis import commands
 from vistvis.errors import InputError, VistvisError, VistvisWarning
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(program: str, command: Any, argv: Sequence[str]) -> int:
     """Parse `argv` for a command module and run it."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=program,
         description=command.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -145,6 +145,13 @@ def version() -> str:
         return metadata.version("vistvis")
     except metadata.PackageNotFoundError:
         return "(from a checkout, not installed)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def _importer(path: str) -> Callable[[], Any]:

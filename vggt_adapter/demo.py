@@ -1,0 +1,276 @@
+"""From photographs to pictures of attention in one call, in Python and as `vistvis demo`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from vggt_adapter.inputs import ATTENTION_TYPES, HEAD_REDUCTIONS, Head
+from vggt_adapter.look import (
+    DTYPES,
+    TINY,
+    Look,
+    choose_token,
+    load_model,
+    load_pictures,
+    look,
+)
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    import torch
+    from torch import nn
+    from vistvis.views.figures import NotebookFigure
+
+    from vggt_adapter.look import Paths
+    from vggt_adapter.preprocess import LoadedImages
+    from vistvis import TokenPlace
+
+
+def demo_visualize_token_attention(
+    image_paths: Paths | None = None,
+    block_idx: SupportsIndex = 23,
+    token_idx: SupportsIndex = 500,
+    head_idx: Head = 0,
+    attention_types: Sequence[str] | str = ATTENTION_TYPES,
+    *,
+    model: str | os.PathLike[str] | nn.Module = "facebook/VGGT-1B",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    size: int | None = None,
+    mode: str = "crop",
+    norm: str = "linear",
+    renormalize: bool = False,
+    allow_special: bool = False,
+    output_dir: str | os.PathLike[str] | None = None,
+) -> tuple[dict[str, NotebookFigure], dict[str, Any]]:
+    """Load pictures and a model, look at one token, draw it.
+
+    Parameters
+    ----------
+    image_paths
+        Photographs of one scene. None: the three sample views of the package.
+    block_idx
+        The pair of blocks; negative from the end.
+    token_idx
+        One absolute index over all frames, for both kinds of attention: frame attention shows the
+        frame in which it lies. One that is no patch is moved to the nearest one, with a warning.
+    head_idx
+        A head, "mean" or "max".
+    attention_types
+        "frame", "global" or both: which figures are drawn.
+    model
+        A name on the hub, a folder or file, "tiny" for the small VGGT of the package, or a model
+        that is loaded already (ours, the official one, or a fork).
+    device, dtype
+        Where and in what to run. Default: CUDA where there is one, else CPU; the dtype of the
+        weights.
+    size, mode
+        As in `load_and_preprocess_images`. Default size: the model's own.
+    norm, renormalize, allow_special
+        As in `visualize_attention_on_image`.
+    output_dir
+        Write the figures (PNG) and `values.npz` there.
+
+    Returns
+    -------
+    figures
+        `{"frame": figure, "global": figure}`, those that were asked for.
+    result
+        What `extract_both_attentions` returns.
+
+    Raises
+    ------
+    InputError
+        If pictures can't be read, a block does not exist, or arguments contradict each other.
+    IndexOutOfRange
+        If the head does not exist.
+
+    Cost: one forward pass.
+    """
+    ready = load_model(model, device=device, dtype=dtype)
+    loaded = load_pictures(image_paths, ready, size=size, mode=mode)
+    place, requested = choose_token(ready, loaded, token_idx, allow_special=allow_special)
+    seen = look(
+        ready,
+        loaded,
+        place,
+        requested=requested,
+        block_idx=block_idx,
+        head_idx=head_idx,
+        attention_types=attention_types,
+        renormalize=renormalize,
+    )
+    figures = seen.draw(norm=norm)
+    if output_dir is not None:
+        seen.write(figures, output_dir)
+    return figures, seen.result
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+HELP = "frame and global attention of one patch: photographs in, pictures and numbers out"
+
+_EXAMPLES = """\
+examples:
+  vistvis demo
+      three sample views through the bundled small VGGT
+  vistvis demo a.jpg b.jpg c.jpg --block 3 --head 0 --pixel 0:120,80 --out DIR
+      your photographs of one scene; the pixel counts in the original photo
+  vistvis demo *.jpg --model facebook/VGGT-1B --block 23 --head mean --token 1750
+      the published model (5 GB, fetched once); the token counts over all frames
+  vistvis demo *.jpg --model ./VGGT-1B --types global --norm percentile --device cuda
+      weights from a local folder or file; only global attention; a scale that ignores sinks
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `vistvis demo`."""
+    parser.epilog = _EXAMPLES
+    parser.add_argument(
+        "images", nargs="*", metavar="PHOTO", help="photographs of one scene (default: samples)"
+    )
+    parser.add_argument(
+        "--model",
+        default=TINY,
+        help="'tiny' (bundled, default), a name on the hub, a local folder or file",
+    )
+    parser.add_argument("--block", type=int, help="pair of blocks, from 0; negative from the end")
+    parser.add_argument("--head", type=_head, help="a head, 'mean' or 'max' over all heads")
+    query = parser.add_mutually_exclusive_group()
+    query.add_argument(
+        "--pixel",
+        type=_pixel,
+        metavar="FRAME:X,Y",
+        help="the query: a pixel of an original photo (default: the middle of frame 0)",
+    )
+    query.add_argument(
+        "--token", type=int, help="the query: a token, counted over all frames, special ones too"
+    )
+    parser.add_argument(
+        "--allow-special", action="store_true", help="--token may be a camera or register token"
+    )
+    parser.add_argument(
+        "--types", type=_types, default=ATTENTION_TYPES, help="frame,global (default), or one"
+    )
+    parser.add_argument(
+        "--norm",
+        choices=("linear", "log", "percentile"),
+        help="colour scale (default: linear)",
+    )
+    parser.add_argument(
+        "--renormalize", action="store_true", help="weights over patches only, summing to 1"
+    )
+    parser.add_argument("--size", type=int, help="pixels of the pictures' width (default: model's)")
+    parser.add_argument("--mode", choices=("crop", "pad"), default="crop", help="how they are cut")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")
+    parser.add_argument(
+        "--out", default="vistvis-demo", metavar="DIR", help="where files go (default: %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `vistvis demo`; prints the strongest match in every frame and where the files are."""
+    model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    loaded = load_pictures(
+        arguments.images or None, model, size=arguments.size, mode=arguments.mode
+    )
+    place, requested = choose_token(
+        model,
+        loaded,
+        arguments.token,
+        pixel=arguments.pixel,
+        allow_special=arguments.allow_special,
+    )
+    seen = look(
+        model,
+        loaded,
+        place,
+        requested=requested,
+        block_idx=-1 if arguments.block is None else arguments.block,
+        head_idx=0 if arguments.head is None else arguments.head,
+        attention_types=arguments.types,
+        renormalize=arguments.renormalize,
+    )
+    written = seen.write(seen.draw(norm=arguments.norm or "linear"), arguments.out)
+    print("\n".join(report(seen, loaded, arguments.model, trained=getattr(model, "trained", True))))
+    print(f"\nwritten to {Path(arguments.out).resolve()}:")
+    for path in written:
+        print(f"  {path.name}")
+    return 0
+
+
+def report(seen: Look, loaded: LoadedImages, name: str, *, trained: bool) -> list[str]:
+    """What the command prints about a look."""
+    first = next(iter(seen.values.values()))
+    layout, (height, width) = first.layout, first.layout.image_size
+    lines = [f"model     {name}"]
+    if not trained:
+        lines.append(
+            "          its weights are untrained (random): this shows how it works, not what a "
+            "trained model sees"
+        )
+    lines += [
+        f"pictures  {layout.frames} of {width}×{height} pixels: {layout.grid[0]}×"
+        f"{layout.grid[1]} patches + {layout.num_special} special tokens each",
+        f"query     {first.query}, in {Path(loaded.paths[first.query.frame]).name}",
+    ]
+    for kind, values in seen.values.items():
+        head = f"head {values.head}" if isinstance(values.head, int) else f"{values.head} of heads"
+        mass = f": {100 * values.patch_mass:.1f} % of the weight lies on patches"
+        lines += ["", f"{kind} attention, block {seen.result['block_idx']}, {head}"]
+        lines[-1] += mass if values.head != "max" else ""
+        lines.append("  frame  strongest match                       weight   whole frame")
+        for match in values.matches:
+            lines.append(
+                f"  {match.place.frame:>5}  {_where(match.place, loaded):<36}"
+                f"{match.weight:>8.3g}   {100 * match.share:>9.1f} %"
+            )
+    return lines
+
+
+def _where(place: TokenPlace, loaded: LoadedImages) -> str:
+    assert place.box is not None
+    x0, y0, x1, y1 = loaded.geometries[place.frame].box_to_original(place.box)
+    x, y = (x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2
+    return f"row {place.row}, col {place.col}, photo pixel {x:.0f},{y:.0f}"
+
+
+def _pixel(text: str) -> tuple[int, float, float]:
+    number = r"\s*(-?\d+(?:\.\d+)?)\s*"
+    found = re.fullmatch(rf"\s*(\d+)\s*:{number},{number}", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"FRAME:X,Y is meant, for example 0:120,80; got {text!r}")
+    return int(found[1]), float(found[2]), float(found[3])
+
+
+def _head(text: str) -> int | str:
+    if text in HEAD_REDUCTIONS:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a head's number, 'mean' or 'max' is meant, got {text!r}"
+        ) from None
+
+
+def _types(text: str) -> tuple[str, ...]:
+    kinds = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not kinds or any(kind not in ATTENTION_TYPES for kind in kinds):
+        raise argparse.ArgumentTypeError(f"frame, global or frame,global is meant, got {text!r}")
+    return kinds
+
+
+if __name__ == "__main__":
+    from vistvis.cli import guarded
+    from vistvis.cli import run as run_command
+
+    module = sys.modules["__main__"]
+    sys.exit(guarded("vistvis demo", lambda: run_command("vistvis demo", module, sys.argv[1:])))
