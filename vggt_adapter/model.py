@@ -420,6 +420,9 @@ class VGGT(nn.Module):
         The `Aggregator`; `model.aggregator.frame_blocks[3].attn` is one attention module.
     trained
         False where the weights are random.
+    default
+        What is worth looking at first (such as the block), as the weights' description tells it;
+        empty where there is none.
     """
 
     def __init__(self, config: VGGTConfig | None = None) -> None:
@@ -427,6 +430,7 @@ class VGGT(nn.Module):
         self.config = config or VGGTConfig()
         self.aggregator = Aggregator(self.config)
         self.trained = False
+        self.default: dict[str, Any] = {}
 
     def forward(
         self, images: Tensor, *, pairs: Sequence[int] | None = None
@@ -487,10 +491,10 @@ class VGGT(nn.Module):
         device: torch.device | str | None = None,
         config: VGGTConfig | None = None,
     ) -> VGGT:
-        """The published weights, or your own; see `vggt_adapter.checkpoint.load`."""
-        from vggt_adapter.checkpoint import load
+        """The published weights, or your own; see `vggt_adapter.load_checkpoint`."""
+        from vggt_adapter.checkpoint import load_checkpoint
 
-        return load(source, dtype=dtype, device=device, config=config)
+        return load_checkpoint(source, dtype=dtype, device=device, config=config)
 
     @classmethod
     def tiny(
