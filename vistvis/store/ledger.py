@@ -25,6 +25,7 @@ from vistvis.store.manifest import (
 from vistvis.store.places import SITES, TEMPORARY, Place, reported
 from vistvis.store.reader import damage
 from vistvis.store.tensors import Encoded, crc32_of_file
+from vistvis.tokens import TokenLayout
 
 
 class Ledger:
@@ -52,6 +53,7 @@ class Ledger:
         # What the run on disk held before this writer; None once it is this writer's own.
         self._replaced = current if self._file == NEXT else None
         self._resumed, self._announced = found is not None, bool(wanted.expected)
+        self._layout = wanted.layout
         # Sites that this writer wrote, or found stored with the same content.
         self._confirmed: set[str] = set()
         self._taken: set[str] = set()
@@ -108,7 +110,8 @@ class Ledger:
                 site=attention.site or self._site_of(name, attention),
             )
             self._confirmed.add(name)
-            self._save(self.manifest.with_site(name, record))
+            layout = self._layout or _longer(self.manifest.layout, record.site.key_layout)
+            self._save(replace(self.manifest.with_site(name, record), layout=layout))
 
     def finish(self) -> None:
         """End the run in order; a replacement takes its place.
@@ -156,6 +159,9 @@ class Ledger:
             found,
             writer=wanted.writer,
             made_by=wanted.made_by,
+            model=wanted.model or found.model,
+            layout=wanted.layout or found.layout,
+            metadata=wanted.metadata or found.metadata,
             expected=wanted.expected or found.expected,
             closed=False,
             sites=sites,
@@ -233,7 +239,9 @@ class Ledger:
 def _fits(found: Manifest, wanted: Manifest, pictures: Encoded | None) -> bool:
     """Whether an unfinished run is the one that is wanted, as far as can be told."""
     said = all(
-        getattr(wanted, key) in (None, {}, getattr(found, key))
+        not getattr(wanted, key)
+        or not getattr(found, key)
+        or getattr(wanted, key) == getattr(found, key)
         for key in ("model", "layout", "metadata")
     )
     if wanted.expected and not set(found.sites) <= set(wanted.expected):
@@ -246,6 +254,12 @@ def _fits(found: Manifest, wanted: Manifest, pictures: Encoded | None) -> bool:
         pictures.nbytes,
         pictures.crc32(),
     )
+
+
+def _longer(one: TokenLayout | None, other: TokenLayout | None) -> TokenLayout | None:
+    if one is None or other is None:
+        return one or other
+    return max(one, other, key=lambda layout: layout.num_tokens)
 
 
 def _tensors_of(attention: Attention) -> dict[str, Tensor]:

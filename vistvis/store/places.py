@@ -50,6 +50,17 @@ _HINTS = {
 
 
 @contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Services raise errors of their own classes; here they become what a disk would raise."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Any]:
     """A binary file that takes the place of `path` when the block ends well, and else vanishes."""
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}{TEMPORARY}")
@@ -235,9 +246,11 @@ class RemoteFolder:
     def local(self, name: str) -> None:
         return None
 
+    @_as_os_error()
     def read(self, name: str) -> bytes:
         return bytes(self.system.cat_file(f"{self.base}/{name}"))
 
+    @_as_os_error()
     def write(self, name: str, pieces: Iterable[Any]) -> tuple[int, int]:
         data = b"".join(pieces)
         path = f"{self.base}/{name}"
@@ -248,6 +261,7 @@ class RemoteFolder:
             self.system.pipe_file(path, data)
         return len(data), zlib.crc32(data)
 
+    @_as_os_error()
     def sizes(self) -> dict[str, int]:
         self.system.invalidate_cache()
         found = {}
@@ -267,6 +281,7 @@ class RemoteFolder:
         self.write(new, [self.read(old)])
         self.remove(old)
 
+    @_as_os_error()
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.system.rm_file(f"{self.base}/{name}")

@@ -44,7 +44,7 @@ class RunWriter:
         What the model saw: `(S, 3, H, W)` or `(B, S, 3, H, W)`, a tensor or array of any dtype,
         kept as it is; or a list of equal pictures `(H, W, 3)`.
     layout
-        The token layout of the whole sequence.
+        The token layout of the whole sequence. By default the longest key layout of the sites.
     model, metadata
         A name, and anything JSON can hold, kept with the run.
     resume
@@ -266,7 +266,7 @@ def save_run(
     captured
         Any mapping of site names to `Attention`.
     path, images, layout, model, metadata, resume, storage_options
-        As for `RunWriter`. Without `layout`, the longest key layout among the sites is taken.
+        As for `RunWriter`.
     progress
         Show a bar.
 
@@ -285,10 +285,6 @@ def save_run(
     names = site_names(captured)
     if not names:
         raise InputError("there is nothing to store: the mapping has no site")
-    if layout is None:
-        sites = [getattr(captured[name], "site", None) for name in names]
-        layouts = [site.key_layout for site in sites if site and site.key_layout]
-        layout = max(layouts, key=lambda known: known.num_tokens, default=None)
     with RunWriter(
         path,
         expected=names,
