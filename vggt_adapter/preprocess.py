@@ -303,7 +303,8 @@ def _paste(target: Tensor, pixels: NDArray[np.uint8], offset: tuple[int, int]) -
     top, left = offset
     seen = pixels[max(-top, 0) : height - top, max(-left, 0) : width - left]
     top, left = max(top, 0), max(left, 0)
-    values = torch.from_numpy(np.ascontiguousarray(seen)).permute(2, 0, 1).float() / 255
+    # A copy: what PIL hands out is read-only, which torch warns about.
+    values = torch.from_numpy(np.array(seen)).permute(2, 0, 1).float() / 255
     target[:, top : top + seen.shape[0], left : left + seen.shape[1]] = values
 
 
