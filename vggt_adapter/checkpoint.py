@@ -460,7 +460,8 @@ def _read_all(
         dtype = dtype or stored.dtype  # the first one's, for all
         # A copy always: what was read is a window onto the file, which others may change.
         value = stored.to(device=device, dtype=dtype, copy=True)
-        if not bool(torch.isfinite(value.sum(dtype=torch.float64 if value.is_cpu else None))):
+        total = value.sum(dtype=torch.float64 if value.is_cpu else torch.float32)
+        if not bool(total.isfinite()):
             at_fault = f"do not fit {dtype}" if bool(stored.isfinite().all()) else "are damaged"
             raise CheckpointError(
                 f"{name} in {str(opened.file)!r} has values that are not finite: they {at_fault}; "
