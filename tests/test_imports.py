@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "paths": CORE | {"files"},
     "store": CORE | {"files", "paths"},
     "overlay": CORE,
-    "views": CORE | {"analysis", "overlay", "store", "paths", "views"},
+    "views": CORE | {"analysis", "files", "overlay", "store", "paths", "views"},
     "state": CORE,
     "decorators": CORE | {"state", "files", "paths", "store"},
     "reconstruction": CORE | {"files", "paths", "store", "overlay", "views"},

@@ -1,0 +1,317 @@
+"""Arrays to pictures: resize, colour, blend, mark. No files, no figures, no models.
+
+Pictures are uint8 `(H, W, 3)`; maps are float, one value per patch or per pixel.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from vistvis.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap, Normalize
+    from numpy.typing import NDArray
+
+    Values: TypeAlias = "NDArray[Any] | torch.Tensor"
+
+Norm: TypeAlias = Literal["linear", "log", "percentile"]
+NORMS = ("linear", "log", "percentile")
+
+GREEN = (0, 170, 60)
+# Weights below a millionth of the largest are one colour on a log scale: they differ in rounding.
+_LOG_DECADES = 6
+# Resampling overshoots, so that a picture in 0…1 may reach a little beyond; one in 0…255 whose
+# largest value is this small would be black.
+_LARGEST_UNIT = 2.0
+_BELOW_ZERO = -0.5
+_LARGEST_BYTE = 320.0
+_LEVELS = 256
+
+
+def resize(maps: Values, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize maps bilinearly, with half-pixel centres.
+
+    The value of a patch is reached at the patch's centre (`align_corners=False`), beyond the
+    outermost centres it stays as it is. Nothing is rounded to 8 bits on the way.
+
+    Parameters
+    ----------
+    maps
+        `(..., rows, cols)`, any real dtype.
+    size
+        `(H, W)` in pixels.
+
+    Returns
+    -------
+    `(..., H, W)`, float32.
+    """
+    values = torch.as_tensor(maps).detach().to("cpu", torch.float32)
+    if values.ndim < 2 or values.numel() == 0:
+        raise InputError(f"maps are (..., rows, cols) and not empty, got {tuple(values.shape)}")
+    height, width = (int(n) for n in size)
+    if height < 1 or width < 1:
+        raise InputError(f"a size in pixels is positive, got {height}×{width}")
+    stack = values.reshape(-1, 1, *values.shape[-2:])
+    resized = torch.nn.functional.interpolate(
+        stack, size=(height, width), mode="bilinear", align_corners=False
+    )
+    found: NDArray[np.float32] = resized.reshape(*values.shape[:-2], height, width).numpy()
+    return found
+
+
+def stretch(maps: Values, *, eps: float = 1e-8) -> NDArray[np.float32]:
+    """Every map from its own minimum to its own maximum: `(m − min) / (max − min + eps)`.
+
+    Parameters
+    ----------
+    maps
+        `(..., rows, cols)`.
+    eps
+        Keeps a constant map at zero and rounding noise from being blown up to full contrast.
+    """
+    values = as_array(maps)
+    low = values.min(axis=(-2, -1), keepdims=True)
+    span = values.max(axis=(-2, -1), keepdims=True) - low
+    found: NDArray[np.float32] = (values - low) / (span + np.float32(eps))
+    return found
+
+
+def normalizer(values: Values, *, norm: str = "linear", percentile: float = 99.0) -> Normalize:
+    """One colour scale for all values given, so that pictures drawn with it can be compared.
+
+    Parameters
+    ----------
+    values
+        Anything; NaN and infinite values do not count.
+    norm
+        "linear" from 0 (or the smallest value, where that is negative) to the largest; "log" over
+        at most six decades below the largest; "percentile": linear, but only up to that percentile,
+        so that one strong sink does not turn everything else dark.
+
+    Returns
+    -------
+    A `matplotlib.colors.Normalize` with fixed limits that clips.
+
+    Raises
+    ------
+    InputError
+        If `norm` is none of these, or log is asked for where nothing is positive.
+    """
+    from matplotlib.colors import LogNorm, Normalize
+
+    finite = as_array(values)
+    finite = finite[np.isfinite(finite)]
+    if finite.size == 0:
+        raise InputError("a colour scale needs at least one finite value; all are NaN or infinite")
+    low, high = min(0.0, float(finite.min())), float(finite.max())
+    if norm == "log":
+        positive = finite[finite > 0]
+        if positive.size == 0:
+            raise InputError('norm="log" needs a positive value; use norm="linear"')
+        low = max(float(positive.min()), high * 10.0**-_LOG_DECADES)
+        return LogNorm(vmin=low if low < high else high / 10, vmax=high, clip=True)
+    if norm == "percentile":
+        cut = float(np.percentile(finite, percentile))
+        high = cut if cut > low else high
+    elif norm != "linear":
+        raise InputError(f"norm is one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    if not high > low:  # one colour for a constant map, in place of a division by zero
+        high = low + 1.0
+    return Normalize(vmin=low, vmax=high, clip=True)
+
+
+def colourise(
+    values: Values, *, cmap: str | Colormap = "jet", normalizer: Normalize | None = None
+) -> NDArray[np.uint8]:
+    """Colour of every value, `(..., H, W)` → uint8 `(..., H, W, 3)`.
+
+    Without a normalizer the values are taken as they are, 0 to 1. NaN gets the first colour.
+    """
+    array = as_array(values)
+    if normalizer is not None:
+        array = np.asarray(np.ma.filled(normalizer(array), 0.0), dtype=np.float32)
+    return table(cmap)[levels(array)]
+
+
+def levels(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The colour table's entry for values from 0 to 1: 256 equal steps."""
+    with np.errstate(invalid="ignore"):
+        steps = np.clip(np.nan_to_num(values) * _LEVELS, 0, _LEVELS - 1)
+    return steps.astype(np.uint8)
+
+
+def table(cmap: str | Colormap) -> NDArray[np.uint8]:
+    """A colour map as 256 colours, uint8 `(256, 3)`.
+
+    Raises
+    ------
+    InputError
+        If matplotlib has no colour map of that name.
+    """
+    if isinstance(cmap, str):
+        return _named_table(cmap)
+    colours = np.asarray(cmap(np.linspace(0, 1, _LEVELS)))[:, :3]
+    found: NDArray[np.uint8] = np.rint(colours * 255).astype(np.uint8)
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _named_table(name: str) -> NDArray[np.uint8]:
+    import matplotlib
+
+    try:
+        colours = table(matplotlib.colormaps[name])
+    except KeyError as error:
+        raise InputError(
+            f"matplotlib has no colour map {name!r}; list them with list(matplotlib.colormaps)"
+        ) from error
+    colours.setflags(write=False)
+    return colours
+
+
+def blend(
+    image: NDArray[np.uint8], heat: NDArray[np.uint8], *, alpha: float = 0.45
+) -> NDArray[np.uint8]:
+    """Lay colours over a picture: `(1 − alpha) · image + alpha · heat`, rounded.
+
+    Parameters
+    ----------
+    image, heat
+        uint8 `(..., H, W, 3)`, broadcast against each other.
+    alpha
+        Opacity of `heat`, 0 to 1.
+    """
+    check_alpha(alpha)
+    under, over = weighted(image, 1 - alpha), weighted(heat, alpha)
+    return mixed(under, over)
+
+
+def blend_levels(
+    image: NDArray[np.uint8],
+    entries: NDArray[np.uint8],
+    colours: NDArray[np.uint8],
+    *,
+    alpha: float = 0.45,
+) -> NDArray[np.uint8]:
+    """`blend(image, colours[entries])` without making the coloured map: the table is weighted once.
+
+    Parameters
+    ----------
+    image
+        uint8 `(H, W, 3)`.
+    entries
+        Entries of the table, uint8 `(H, W)`; see `levels`.
+    colours
+        uint8 `(256, 3)`; see `table`.
+    """
+    check_alpha(alpha)
+    return mixed(weighted(image, 1 - alpha), weighted(colours, alpha)[entries])
+
+
+def check_alpha(alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha is an opacity from 0 to 1, got {alpha}")
+
+
+def weighted(colours: NDArray[np.uint8], weight: float) -> NDArray[np.uint16]:
+    """Colours times a weight, in 256ths of a level, with half of the rounding of `mixed`."""
+    found: NDArray[np.uint16] = np.rint(colours * np.float32(weight * 256)).astype(np.uint16)
+    return found
+
+
+def mixed(under: NDArray[np.uint16], over: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """The sum of two weighted colours, rounded to levels."""
+    # 255 · 256 + 2 · 0.5 + 128 stays below 2¹⁶: nothing overflows.
+    total = under + over
+    total += np.uint16(128)
+    total >>= np.uint16(8)
+    return total.astype(np.uint8)
+
+
+def outline(
+    image: NDArray[np.uint8],
+    box: tuple[int, int, int, int],
+    *,
+    colour: tuple[int, int, int] = GREEN,
+    width: int = 3,
+) -> NDArray[np.uint8]:
+    """A copy of a picture with a frame drawn along the inside of a box.
+
+    Parameters
+    ----------
+    image
+        uint8 `(H, W, 3)`.
+    box
+        `(x0, y0, x1, y1)` in pixels, `x1` and `y1` exclusive; what lies outside is cut off.
+    width
+        Of the line in pixels; at most a third of the box, so that its middle stays to be seen.
+    """
+    marked = np.array(image, dtype=np.uint8)
+    rows, cols = marked.shape[:2]
+    x0, y0, x1, y1 = box
+    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, cols), min(y1, rows)
+    if x0 >= x1 or y0 >= y1:
+        raise InputError(f"the box {box} does not touch the picture of {cols}×{rows} pixels")
+    line = max(1, min(int(width), (x1 - x0) // 3, (y1 - y0) // 3))
+    inside = marked[y0:y1, x0:x1]
+    inside[:line] = inside[-line:] = colour
+    inside[:, :line] = inside[:, -line:] = colour
+    return marked
+
+
+def to_rgb(images: Values) -> NDArray[np.uint8]:
+    """Pictures as a model's input holds them, as uint8 RGB: `(..., C, H, W)` → `(..., H, W, 3)`.
+
+    Parameters
+    ----------
+    images
+        uint8, or floating in 0…1 or in 0…255 (told apart by the largest value of all pictures
+        given, a little overshoot of resampling included); one channel or three.
+
+    Raises
+    ------
+    InputError
+        For other shapes and dtypes, NaN, or values that no such picture has (an input normalised
+        by mean and standard deviation).
+    """
+    if isinstance(images, torch.Tensor):
+        tensor = images.detach().cpu()
+        images = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    array = np.asarray(images)
+    if array.ndim < 3 or array.shape[-3] not in (1, 3):
+        raise InputError(
+            f"pictures are (..., C, H, W) with 1 or 3 channels, got shape {array.shape}"
+        )
+    if array.dtype != np.uint8:
+        array = _to_bytes(array)
+    rgb = np.moveaxis(array, -3, -1)
+    if rgb.shape[-1] == 1:
+        rgb = np.broadcast_to(rgb, (*rgb.shape[:-1], 3))
+    return np.ascontiguousarray(rgb)
+
+
+def _to_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"pictures are uint8 or floating, got {array.dtype}")
+    values = array.astype(np.float32)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if not (low >= _BELOW_ZERO and high <= _LARGEST_BYTE):
+        raise InputError(
+            f"floating pictures lie in 0…1 or 0…255, got values from {low:g} to {high:g}; where "
+            "they were normalised for the model, undo the mean and standard deviation"
+        )
+    if high <= _LARGEST_UNIT and array.dtype.kind == "f":
+        values *= 255
+    return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
+
+
+def as_array(values: Values) -> NDArray[np.float32]:
+    """A tensor or array as float32 in host memory."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().to("cpu", torch.float32).numpy()
+    return np.asarray(values, dtype=np.float32)

@@ -1,0 +1,121 @@
+"""Figures that pyplot does not know, and the pieces that several views share."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from vistvis.files import atomic_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.colors import Colormap, Normalize
+    from numpy.typing import NDArray
+
+
+class NotebookFigure(Figure):
+    """A figure that belongs to whoever holds it: nothing to close, nothing kept by pyplot.
+
+    It shows as the value of a notebook cell.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        FigureCanvasAgg(self)
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+    def png(self, *, dpi: float | None = None) -> bytes:
+        """The figure as the bytes of a PNG file."""
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=dpi or self.dpi)
+        return buffer.getvalue()
+
+    def save(self, path: str | os.PathLike[str], *, dpi: float | None = None) -> Path:
+        """Write the figure; the ending chooses the format. The file is whole or not there."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target, sync=False) as file:
+            self.savefig(file, format=target.suffix[1:].lower() or "png", dpi=dpi or self.dpi)
+        return target
+
+
+def image_axes(
+    axes: Axes, image: NDArray[np.uint8], *, title: str | None = None, **kwargs: Any
+) -> Axes:
+    """Show a picture `(H, W, 3)` without ticks; returns the axes."""
+    axes.imshow(image, interpolation=kwargs.pop("interpolation", "antialiased"), **kwargs)
+    axes.set_axis_off()
+    if title is not None:
+        axes.set_title(title)
+    return axes
+
+
+def outline_box(
+    axes: Axes,
+    box: Sequence[float],
+    *,
+    colour: str = "#00e05a",
+    width: float = 1.8,
+    pad: float = 0.0,
+) -> Rectangle:
+    """Outline a pixel box `(x0, y0, x1, y1)`, `x1` and `y1` exclusive, so that it shows on any
+    picture: a bright line on a dark one. Returns the bright rectangle."""
+    x0, y0, x1, y1 = box
+    # imshow puts the centre of pixel 0 at 0, so the pixel's edge is at -0.5.
+    corner = (x0 - 0.5 - pad, y0 - 0.5 - pad)
+    size = (x1 - x0 + 2 * pad, y1 - y0 + 2 * pad)
+    axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="black", linewidth=width + 1.6))
+    bright = Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=width)
+    axes.add_patch(bright)
+    return bright
+
+
+def heat_axes(
+    axes: Axes,
+    heat: NDArray[np.float32],
+    *,
+    normalizer: Normalize,
+    cmap: str | Colormap = "inferno",
+    image: NDArray[np.uint8] | None = None,
+    alpha: float = 1.0,
+    title: str | None = None,
+) -> ScalarMappable:
+    """Show a map `(H, W)` in colour, over a picture where one is given.
+
+    Returns
+    -------
+    What `colour_bar` needs.
+    """
+    if image is not None:
+        image_axes(axes, image)
+    else:
+        alpha = 1.0
+    drawn = axes.imshow(heat, cmap=cmap, norm=normalizer, alpha=alpha, interpolation="antialiased")
+    axes.set_axis_off()
+    if title is not None:
+        axes.set_title(title)
+    if alpha == 1.0:
+        return drawn
+    # The bar of a see-through map would be as pale as the map over white.
+    return ScalarMappable(norm=normalizer, cmap=cmap)
+
+
+def colour_bar(
+    figure: Figure, mappable: ScalarMappable, axes: Axes | Sequence[Axes], *, label: str
+) -> Colorbar:
+    """One labelled bar beside the axes given."""
+    bar = figure.colorbar(mappable, ax=axes, label=label, fraction=0.035, pad=0.02)
+    bar.outline.set_visible(False)
+    return bar
