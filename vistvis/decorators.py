@@ -1,0 +1,225 @@
+"""`visTvis_store` and `visTvis_layer_counter`: keep what a function returns, layer by layer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from vistvis.checks import describe
+from vistvis.errors import InputError, VistvisWarning
+from vistvis.files import checked_format, checked_name, inside, write
+from vistvis.state import LayerCounter, state
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def visTvis_store(
+    base_folder_path: str | os.PathLike[str],
+    identifier: str,
+    file_name: str,
+    folder_name: str,
+    *,
+    pos_ret: int | None = None,
+) -> Callable[[Function], Function]:
+    """Store what a function returns, and return it untouched.
+
+    It lands at `<base_folder_path>/<identifier>/<folder_name>/layer_<layer>/<file_name>`, where
+    `layer` is what `visTvis_layer_counter` or `state.update` says at the moment of return. Works on
+    plain and `async` functions. A file that is there is replaced, whole or not at all.
+
+    Parameters
+    ----------
+    base_folder_path
+        Made where it is missing; `~` is the home folder.
+    identifier, folder_name
+        Plain names: nothing that leaves the base folder.
+    file_name
+        Its ending chooses the format: `.pt` or `.pth` (`torch.load(weights_only=True)` reads it),
+        `.npy`, `.npz`, `.safetensors`; without an ending `.pt` is added. bfloat16 becomes float32
+        where the format has none (numpy).
+    pos_ret
+        Which element to store, where a tuple or list is returned.
+
+    What is stored is a tensor, an array, or a lazy `vistvis.Attention`: that one keeps queries and
+    keys in `.safetensors`, and becomes the dense matrix elsewhere, under the limit of `dense`. For
+    None nothing is stored, with a warning.
+
+    Raises
+    ------
+    InputError
+        At decoration, for names and endings that can't be; at a call, for a value that can't be
+        stored.
+    StoreError
+        At a call, if the file can't be written.
+    """
+    base = Path(os.fspath(base_folder_path)).expanduser()
+    names = (checked_name(identifier, "identifier"), checked_name(folder_name, "folder_name"))
+    name = checked_format(file_name)
+
+    def keep(result: Any) -> Any:
+        layer = state.get_layer(identifier)
+        if layer < 0:
+            raise InputError(
+                f"layers count from 0, but the counter of {identifier!r} is at {layer}"
+            )
+        value = _chosen(result, pos_ret)
+        where = Path(*names, f"layer_{layer}", name)
+        if value is None:
+            warnings.warn(
+                f"nothing stored for {where}: None was returned (pos_ret chooses an element)",
+                VistvisWarning,
+                stacklevel=3,
+            )
+        else:
+            write(value, inside(base, *where.parts))
+        return result
+
+    return lambda function: _wrapped(function, keep)
+
+
+def visTvis_layer_counter(
+    identifier: str, var_name: str = "layer_idx"
+) -> Callable[[Function], Function]:
+    """Let the function that runs the layers count them.
+
+    Its parameter `var_name` becomes a `LayerCounter`: an int whose `+= 1` also tells
+    `visTvis_store` functions of the same identifier which layer is running. It starts where the
+    identifier stands (0 at first, and after a call where that call ended); a value that the caller
+    passes is used in its place. What is returned has plain ints in place of counters.
+
+    A function without that parameter can count by `state.bump(identifier)`. Works on plain and
+    `async` functions; threads and tasks count for themselves. After an error the counter stands
+    where it was before the call.
+    """
+    checked_name(identifier, "identifier")
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        parameter = signature.parameters.get(var_name)
+        if parameter is not None and parameter.kind in _VARIADIC:
+            raise InputError(
+                f"{var_name!r} of {_name(function)} takes many values, not one counter"
+            )
+
+        def bound(args: Any, kwargs: Any) -> tuple[inspect.BoundArguments | None, Any]:
+            if parameter is None:
+                return None, None
+            try:
+                arguments = signature.bind_partial(*args, **kwargs)
+            except TypeError:  # let the function itself say what is wrong
+                return None, None
+            return arguments, arguments.arguments.get(var_name)
+
+        def filled(arguments: inspect.BoundArguments, first: int) -> tuple[Any, Any]:
+            # An argument before a positional counter that is missing would move the counter to its
+            # place, so names are used wherever they can be.
+            arguments.arguments[var_name] = LayerCounter(identifier, first)
+            positional, named = [], {}
+            skipped = False
+            for name, kind in ((n, p.kind) for n, p in signature.parameters.items()):
+                if name not in arguments.arguments:
+                    skipped = True
+                    continue
+                value = arguments.arguments[name]
+                if kind is inspect.Parameter.VAR_POSITIONAL:
+                    positional += value
+                elif kind is inspect.Parameter.VAR_KEYWORD:
+                    named.update(value)
+                elif kind is inspect.Parameter.KEYWORD_ONLY or (
+                    skipped and kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+                ):
+                    named[name] = value
+                else:
+                    positional.append(value)
+            return positional, named
+
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def counted_async(*args: Any, **kwargs: Any) -> Any:
+                arguments, start = bound(args, kwargs)
+                with state.counting(identifier, start) as first:
+                    if arguments is not None:
+                        args, kwargs = filled(arguments, first)
+                    return _plain(await function(*args, **kwargs))
+
+            return cast(Function, counted_async)
+        _refuse_generators(function)
+
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            arguments, start = bound(args, kwargs)
+            with state.counting(identifier, start) as first:
+                if arguments is not None:
+                    args, kwargs = filled(arguments, first)
+                return _plain(function(*args, **kwargs))
+
+        return cast(Function, counted)
+
+    return decorate
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _wrapped(function: Function, keep: Callable[[Any], Any]) -> Function:
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def storing_async(*args: Any, **kwargs: Any) -> Any:
+            return keep(await function(*args, **kwargs))
+
+        return cast(Function, storing_async)
+    _refuse_generators(function)
+
+    @functools.wraps(function)
+    def storing(*args: Any, **kwargs: Any) -> Any:
+        return keep(function(*args, **kwargs))
+
+    return cast(Function, storing)
+
+
+def _refuse_generators(function: Callable[..., Any]) -> None:
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise InputError(f"{_name(function)} is a generator; decorate the function it calls")
+
+
+def _chosen(result: Any, position: int | None) -> Any:
+    if position is None:
+        return result
+    if not isinstance(result, (tuple, list)) or not -len(result) <= position < len(result):
+        raise InputError(
+            f"pos_ret={position} needs a tuple or list that has this element, got "
+            f"{describe(result)}"
+        )
+    return result[position]
+
+
+def _plain(value: Any) -> Any:
+    """`value` with ints in place of counters, at the top and in plain tuples, lists and dicts."""
+    if isinstance(value, LayerCounter):
+        return int(value)
+    if type(value) in (tuple, list):
+        return type(value)(_plain(item) for item in value) if _counts(value) else value
+    if type(value) is dict:
+        return {k: _plain(v) for k, v in value.items()} if _counts(value.values()) else value
+    return value
+
+
+def _counts(values: Any) -> bool:
+    """Whether a counter is among the values: what has none is passed through as it is."""
+    return any(
+        isinstance(v, LayerCounter)
+        or (type(v) in (tuple, list) and _counts(v))
+        or (type(v) is dict and _counts(v.values()))
+        for v in values
+    )
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", repr(function))
