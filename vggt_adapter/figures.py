@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from vggt_adapter.inputs import Head, Images, Weights
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+
     from vistvis.views.figures import NotebookFigure
 
 NORMS = ("linear", "log", "percentile")
@@ -104,7 +104,7 @@ batch_idx, patch_size, renormalize, allow_special
     )
     figure = draw_values(values, norm=norm, cmap=cmap, block_idx=block_idx)
     if save_path is not None:
-        save_figure(figure, save_path)
+        figure.save(save_path)
     return figure
 
 
@@ -126,22 +126,6 @@ def draw_values(
     if values.attention_type == "frame":
         return _draw_frame(values, scale, norm, cmap, lines)
     return _draw_global(values, scale, norm, cmap, lines)
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure so that the file is either whole or not there.
-
-    The folder is made where it is missing. Returns the path.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix or '.png'}")
-    try:
-        figure.savefig(partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
 
 
 # -- the two figures -----------------------------------------------------------------------------
@@ -245,11 +229,9 @@ class _Plan:
         return max(_SIDE, (self.size[0] - self.body[0] - _BAR_SPACE) / 2)
 
     def figure(self, lines: list[str]) -> NotebookFigure:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from vistvis.views.figures import NotebookFigure
 
         figure = NotebookFigure(figsize=self.size, dpi=DPI, facecolor="white")
-        FigureCanvasAgg(figure)
         width, height = self.size
         top = height - 0.34
         for number, line in enumerate(lines):

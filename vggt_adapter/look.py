@@ -19,11 +19,11 @@ from vistvis.errors import InputError
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from vistvis.views.figures import NotebookFigure
 
     from vggt_adapter.preprocess import LoadedImages
     from vggt_adapter.values import QueryValues
     from vistvis import TokenPlace
+    from vistvis.views.figures import NotebookFigure
 
     Paths: TypeAlias = "Sequence[str | os.PathLike[str]]"
 
@@ -48,13 +48,11 @@ class Look:
         self, figures: dict[str, NotebookFigure], folder: str | os.PathLike[str]
     ) -> list[Path]:
         """PNGs and `values.npz`; each file is whole or not there. Returns the paths."""
-        from vggt_adapter.figures import save_figure
-
         written = []
         for kind, values in self.values.items():
             block = self.result["block_idx"]
             name = f"{kind}_block_{block}_head_{values.head}_token_{values.query.token}.png"
-            written.append(save_figure(figures[kind], Path(folder) / name))
+            written.append(figures[kind].save(Path(folder) / name))
         written.append(write_values(self.values, Path(folder) / "values.npz"))
         return written
 
@@ -218,6 +216,8 @@ def write_values(values: dict[str, QueryValues], path: str | os.PathLike[str]) -
     """
     import numpy as np
 
+    from vistvis.files import atomic_file
+
     arrays: dict[str, Any] = {}
     for kind, found in values.items():
         numbers = found.as_dict()
@@ -228,12 +228,8 @@ def write_values(values: dict[str, QueryValues], path: str | os.PathLike[str]) -
     arrays["metadata"] = np.array(json.dumps(metadata))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.npz")
-    try:
-        np.savez_compressed(partial, **arrays)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(target, sync=False) as file:
+        np.savez_compressed(file, **arrays)
     return target
 
 
