@@ -36,6 +36,7 @@ from vistvis.patching import Forward, attach, detach
 from vistvis.projections import ProjectionTap
 from vistvis.siteinfo import SiteInfo
 from vistvis.sites import (
+    HEADS_FIRST,
     UNREADABLE,
     Chooser,
     Site,
@@ -368,6 +369,10 @@ class Capture(Mapping[str, Attention]):
         outer = state.current
         if outer is None:
             self._drain()  # what compiled passes noted before this one is not this one's
+            if not self._accumulate:
+                # The last pass wins, so what the one before took can make room now.
+                with self._lock:
+                    self._results, self._errors = {}, {}
         mine = state.current = _Pass(self._layout_of(args, kwargs))
         state.depth += not entry
         try:
@@ -403,6 +408,7 @@ class Capture(Mapping[str, Attention]):
             keeping=self._keeping,
             active=lambda: stack[-1] is run,
             instead={MULTIHEAD_FORWARD: reader.multi_head_attention},
+            heads_first=site.type in HEADS_FIRST,
         )
         before = ProjectionTap(site.module, site.heads) if self._source == "projection" else None
         stack.append(run)
@@ -415,6 +421,7 @@ class Capture(Mapping[str, Attention]):
                     out = original(*args, **kwargs)
         finally:
             stack.pop()
+            tap.release()
         readings, problems = tap.readings + reader.readings, tap.problems + reader.problems
         self._finish_safely(site, readings, problems, before)
         return out
@@ -764,6 +771,6 @@ def _recomputing() -> bool:
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.ndim >= 2:
+        if isinstance(value, torch.Tensor) and not value.is_nested and value.ndim >= 3:
             return int(value.shape[0])
     return None

@@ -8,6 +8,7 @@ whatever is done in between (bias, talking heads, gates) is in it.
 
 from __future__ import annotations
 
+import mmap
 import string
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from vistvis.attention import Attention
 from vistvis.errors import VistvisError
+
+# Below this the allocator's own blocks do as well, and a page's rounding would show.
+_OWN_PAGES_FROM = 2**20
 
 SDPA = F.scaled_dot_product_attention
 broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
@@ -116,6 +120,8 @@ class KernelTap(TorchFunctionMode):
         Says whether the calls belong to this tap (False inside a nested site).
     instead
         Functions that are run by another, which reads what they hide.
+    heads_first
+        Its weights are (batch · heads, windows, …), which their shape does not tell.
     """
 
     def __init__(
@@ -126,12 +132,18 @@ class KernelTap(TorchFunctionMode):
         keeping: Keeping,
         active: Callable[[], bool],
         instead: Mapping[Callable[..., Any], Callable[..., Any]],
+        heads_first: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.batch, self.keeping, self.active = heads, batch, keeping, active
+        self.heads_first = heads_first
         self.readings: list[Reading] = []
         self.problems: list[str] = []
         self._instead, self._flow = instead, _Flow(self)
+
+    def release(self) -> None:
+        """Break the cycle with what follows eager code: readings then go when they are let go."""
+        self._flow = None
 
     def __torch_function__(
         self,
@@ -211,22 +223,38 @@ def keep(
 ) -> Tensor:
     """A tensor that stays right after the model runs on, without holding more than it has to.
 
-    Copied where it is a small part of a larger storage (which it would keep alive), where it was
-    made in inference mode (nothing tells of later writes), or where dtype or device change. All
-    else is shared: `Attention` checks for later writes.
+    On the CPU large tensors are copied into pages of their own (see `_own_pages`). Elsewhere, and
+    where they are small, they are copied where they are a small part of a larger storage (which
+    they would keep alive), where they were made in inference mode (nothing tells of later writes),
+    or where dtype or device change; all else is shared, and `Attention` checks for later writes.
     """
     if tensor.dtype == torch.bool or not tensor.is_floating_point():
         dtype = None
     if tensor.dtype == torch.float64:
         dtype = None  # autocast leaves float64 alone
-    moved = tensor.detach().to(dtype=dtype or tensor.dtype, device=device or tensor.device)
+    target = torch.device(device) if device else tensor.device
+    needed = tensor.numel() * (dtype or tensor.dtype).itemsize
+    if target.type == "cpu" and needed >= _OWN_PAGES_FROM and not share:
+        return _own_pages(tensor.detach(), dtype or tensor.dtype)
+    moved = tensor.detach().to(dtype=dtype or tensor.dtype, device=target)
     if moved.data_ptr() != tensor.data_ptr():
         return moved
-    needed = moved.numel() * moved.element_size()
     stored = moved.untyped_storage().nbytes()
     if moved.is_inference() or (stored > 1.02 * needed + 1024 and not share):
         return moved.clone(memory_format=torch.contiguous_format)
     return moved
+
+
+def _own_pages(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in memory mapped for it alone.
+
+    What a forward pass frees returns to the system only from the end of the heap. Tensors that stay
+    on the heap between what is freed hold all of it: keeping 102 MB of queries and keys of a model
+    of VGGT-1B's shape that way was measured to cost 300 MB.
+    """
+    pages = mmap.mmap(-1, tensor.numel() * dtype.itemsize)
+    copy = torch.frombuffer(pages, dtype=dtype).view(tensor.shape)
+    return copy.copy_(tensor)
 
 
 @dataclass(frozen=True)
@@ -238,8 +266,17 @@ class Fold:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, lead: tuple[int, ...], heads: int | None, batch: int | None) -> Fold:
+    def of(
+        cls,
+        lead: tuple[int, ...],
+        heads: int | None,
+        batch: int | None,
+        *,
+        heads_first: bool = False,
+    ) -> Fold:
         """Find the head dimension among leading dimensions `lead`.
+
+        `heads_first` says that `lead` is (batch · heads, windows).
 
         Raises
         ------
@@ -247,10 +284,14 @@ class Fold:
             If it can't be told.
         """
         count = len(lead)
-        if count == 2 and (heads is None or lead[1] == heads or lead[0] != heads):
-            return cls(lead, (0, 1), (lead[0], lead[1]))
+        if count == 2 and heads_first and heads:
+            return cls(
+                (lead[0] // heads, heads, lead[1]), (0, 2, 1), (lead[0] // heads * lead[1], heads)
+            )
         if count == 2:
-            return cls(lead, (1, 0), (lead[1], lead[0]))
+            return cls(lead, (0, 1), (lead[0], lead[1]))
+        if count == 0 and batch is not None:
+            raise UnreadableError("its weights have no batch dimension, though its input has one")
         if count == 0:
             return cls(lead, (), (1, 1))
         if count == 1:
@@ -280,6 +321,8 @@ class Fold:
         if not self.changes:
             return tensor
         count = len(self.lead)
+        if count == 3 and tensor.ndim == 4:
+            tensor = tensor.reshape(*self.lead, *tensor.shape[-2:])
         if tensor.ndim != count + 2:
             raise UnreadableError(f"its tensors have {tensor.ndim} and {count + 2} dimensions")
         if count >= 2:
@@ -392,7 +435,8 @@ class _Flow:
         else:
             weights, value, output = second.mT, first.mT, out.mT
         tap = self._tap
-        fold = Fold.of(tuple(weights.shape[:-2]), tap.heads, tap.batch)
+        lead = tuple(weights.shape[:-2])
+        fold = Fold.of(lead, tap.heads, tap.batch, heads_first=tap.heads_first)
         kept = keep(fold(weights), None, tap.keeping.device)
         reading = Reading(Attention.from_weights(kept), "softmax")
         if tap.keeping.values and value is not None and output is not None:

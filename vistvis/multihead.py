@@ -124,7 +124,7 @@ class MultiheadReader:
 
     def _weights(self, weights: Tensor, value: Tensor, out: Tensor) -> Reading:
         def split(tensor: Tensor) -> Tensor:
-            return tensor.detach().unflatten(0, (-1, self._heads))
+            return tensor.detach().view(-1, self._heads, *tensor.shape[1:])
 
         kept = Attention.from_weights(keep(split(weights), None, self.keeping.device))
         if not self.keeping.values:
@@ -179,7 +179,8 @@ class MultiheadReader:
             keys = _native_mask(mask, kind)
         width = x.shape[-1]
         both = F.linear(x, weight[: 2 * width], bias[: 2 * width])
-        query, key = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in both.chunk(2, -1))
+        parts = both.view(*both.shape[:2], 2, heads, width // heads)
+        query, key = parts.permute(2, 0, 3, 1, 4).unbind(0)
         device = self.keeping.device
         attention = Attention(
             query=keep(query, None, device),
@@ -210,7 +211,9 @@ def _native_mask(mask: Tensor, kind: int) -> Tensor:
     return mask
 
 
-def encoder_layers(model: nn.Module, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+def encoder_layers(
+    model: nn.Module, attentions: Sequence[nn.Module]
+) -> list[nn.TransformerEncoderLayer]:
     """Encoder layers whose fused path would skip the forward of one of these modules."""
     wanted = {id(module) for module in attentions}
     return [

@@ -64,8 +64,16 @@ REFUSED = {
     "LiteMLA": "linear attention: no token-to-token matrix exists",
     "EfficientAdditiveAttention": "additive linear attention: no token-to-token matrix exists",
     "EfficientAdditiveAttnetion": "additive linear attention: no token-to-token matrix exists",
+    "SelectiveKernelAttn": "weights between branches, not between tokens",
+    "SpatialTransformerBlock": "its product of queries and keys mixes the batch, not tokens",
+    "SplitAttn": "weights between branches, not between tokens",
+    "LambdaLayer": "a lambda layer: its softmax normalises keys, no token-to-token matrix exists",
     "OutlookAttention": "outlook attention: weights come from a projection, not from keys",
 }
+
+
+# Weights of shape (batch · heads, windows, …): their shape alone does not tell.
+HEADS_FIRST = {"HaloAttn"}
 
 
 @dataclass(frozen=True)
