@@ -222,16 +222,19 @@ def load_images(
     """
     files = _files(paths)
     _check(mode, size, patch_size)
-    sizes = []
-    for file in files:  # headers only, so that a wrong file at the end fails at once
-        with _opened(file) as picture:
-            sizes.append(_upright_size(picture) if exif else picture.size)
+    for file in files:  # a missing file at the end fails before the others cost time
+        _opened(file).close()
+    sizes, pictures = [], []
+    for file in files:
+        photo_size, pixels = _read(file, mode, size, patch_size, exif=exif)
+        sizes.append(photo_size)
+        pictures.append(pixels)
     geometries = preprocess_geometry(sizes, mode=mode, size=size, patch_size=patch_size)
 
     height, width = geometries[0].image_size
     images = torch.ones(len(files), 3, height, width)
-    for file, geometry, target in zip(files, geometries, images, strict=True):
-        _paste(target, _read(file, geometry, exif=exif), geometry.offset)
+    for target, pixels, geometry in zip(images, pictures, geometries, strict=True):
+        _paste(target, pixels, geometry.offset)
     return LoadedImages(images, geometries, files)
 
 
@@ -354,25 +357,28 @@ def _opened(file: Path) -> Image.Image:
         raise _unreadable(file, error) from error
 
 
-def _read(file: Path, geometry: ImageGeometry, *, exif: bool) -> NDArray[np.uint8]:
-    """Decode, turn upright, blend onto white, resize: (h, w, 3) bytes."""
+def _read(
+    file: Path, mode: str, size: int, patch_size: int, *, exif: bool
+) -> tuple[tuple[int, int], NDArray[np.uint8]]:
+    """The upright photo's (width, height), and it resized and on white: (h, w, 3) bytes."""
     from PIL import Image, ImageOps
 
-    with _opened(file) as picture:
-        try:
+    try:
+        with _opened(file) as picture:
+            picture.verify()  # PNG has checksums, which decoding the pixels would pass over
+        with _opened(file) as picture:
+            picture.load()
             upright: Image.Image = picture
             if exif and _orientation(picture) != 1:
                 upright = ImageOps.exif_transpose(picture)
-            colours = _on_white(upright)
+            geometry = _geometry(*upright.size, mode, size, patch_size)
             height, width = geometry.resized_size
-            if colours.size != geometry.original_size[::-1]:
-                raise ValueError(f"{colours.size} pixels, but its header promised another size")
-            resized = colours.resize((width, height), Image.Resampling.BICUBIC)
-            return np.asarray(resized)
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib.error…
-            raise _unreadable(file, error) from error
+            resized = _on_white(upright).resize((width, height), Image.Resampling.BICUBIC)
+            return upright.size, np.asarray(resized)
+    except (MemoryError, InputError):
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib.error, …
+        raise _unreadable(file, error) from error
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -399,11 +405,6 @@ def _orientation(picture: Image.Image) -> Any:
         return picture.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # a damaged tag says nothing about the pixels
         return 1
-
-
-def _upright_size(picture: Image.Image) -> tuple[int, int]:
-    width, height = picture.size
-    return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
 
 
 def _unreadable(file: Path, error: Exception) -> InputError:
