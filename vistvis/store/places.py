@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vistvis.errors import StoreError
+from vistvis.files import atomic_file
 
 LOCK = ".lock"
 SITES = "sites"
-TEMPORARY = ".part"
+TEMPORARY = ".part"  # as `atomic_file` calls what it has not finished
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")
 
@@ -58,23 +58,6 @@ def _as_os_error() -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Any]:
-    """A binary file that takes the place of `path` when the block ends well, and else vanishes."""
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}{TEMPORARY}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -188,6 +171,7 @@ class LocalFolder:
                 file.write(piece)
                 crc = zlib.crc32(piece, crc)
                 size += len(piece)
+        sync_folder(path.parent)
         return size, crc
 
     def sizes(self) -> dict[str, int]:
