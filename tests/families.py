@@ -1,4 +1,4 @@
-"""Checking one model: every site exact against an independent reference, or refused with a reason."""
+"""Checking one model: every site exact against an independent reference, or refused."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def check_model(
     family: str,
     reference: Callable[[], dict[str, Tensor]] | None = None,
     sharpened: bool = True,
-    most: int = 6,
+    most: int = 3,
 ) -> Outcome:
     """Capture every site of a model and compare with references.
 

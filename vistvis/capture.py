@@ -421,7 +421,6 @@ class Capture(Mapping[str, Attention]):
                     out = original(*args, **kwargs)
         finally:
             stack.pop()
-            tap.release()
         readings, problems = tap.readings + reader.readings, tap.problems + reader.problems
         self._finish_safely(site, readings, problems, before)
         return out

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ from vistvis.errors import VistvisError
 _OWN_PAGES_FROM = 2**20
 
 SDPA = F.scaled_dot_product_attention
-broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
+# Not torch.broadcast_shapes: its first call imports sympy, 36 MB and half a second.
+broadcast_shapes = np.broadcast_shapes
 _PRODUCTS = {
     torch.matmul, torch.bmm, torch.baddbmm, torch.einsum,
     Tensor.matmul, Tensor.bmm, Tensor.baddbmm, Tensor.__matmul__, Tensor.__rmatmul__,
@@ -140,10 +142,6 @@ class KernelTap(TorchFunctionMode):
         self.readings: list[Reading] = []
         self.problems: list[str] = []
         self._instead, self._flow = instead, _Flow(self)
-
-    def release(self) -> None:
-        """Break the cycle with what follows eager code: readings then go when they are let go."""
-        self._flow = None
 
     def __torch_function__(
         self,
@@ -365,7 +363,8 @@ class _Flow:
     """Follows scores to weights to the product with values, through a module's torch functions."""
 
     def __init__(self, tap: KernelTap) -> None:
-        self._tap = tap
+        # Weak: a cycle would keep queries and keys until the garbage collector comes round.
+        self._tap: KernelTap = weakref.proxy(tap)
         # By id, with a weak reference: an id alone may come back as another tensor's.
         self._scores: dict[int, weakref.ref[Tensor]] = {}
         self._weights: dict[int, weakref.ref[Tensor]] = {}

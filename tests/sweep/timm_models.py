@@ -16,7 +16,7 @@ MODELS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "cpubone": [("cpubone_nano", {})],
     "crossvit": [("crossvit_tiny_240", {})],
     "csatv2": [("csatv2", {})],
-    "davit": [("davit_tiny", {}), ("davit_base_fl", {})],
+    "davit": [("davit_tiny", {})],
     "deepseek_vit": [("deepseek_vit_412m", SHORT)],
     "deit": [
         ("deit_tiny_patch16_224", SHORT),
