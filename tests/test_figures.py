@@ -103,9 +103,9 @@ def test_all_frames_share_one_scale() -> None:
     resized = F.interpolate(torch.from_numpy(weights)[:, None], (42, 70), mode="bilinear")[:, 0]
     expected = colormaps["inferno"]((resized / weights.max()).numpy())[..., :3]
     found = np.stack([axes.images[0].get_array() for axes in panels(figure)[1::2]])
-    np.testing.assert_allclose(found, expected, atol=0.03)
+    np.testing.assert_allclose(found / 255, expected, atol=0.03)
     own = [colormaps["inferno"]((one / one.max()).numpy())[..., :3] for one in resized]
-    assert np.abs(found - np.stack(own)).max() > 0.3  # a scale for each frame would be seen
+    assert np.abs(found / 255 - np.stack(own)).max() > 0.3  # a scale for each frame would be seen
 
 
 @pytest.mark.parametrize("frame_idx", [None, 0, 2])
@@ -118,7 +118,8 @@ def test_the_frame_figure(frame_idx: int | None) -> None:
     frame = frame_idx or 0
     left, right = panels(figure)
     assert left.get_position().x1 < right.get_position().x0
-    np.testing.assert_allclose(left.images[0].get_array(), images[frame].permute(1, 2, 0))
+    shown = left.images[0].get_array() / 255
+    np.testing.assert_allclose(shown, images[frame].permute(1, 2, 0), atol=0.51 / 255)
     assert left.get_title(loc="left") == f"frame {frame}"
     title, query, *_ = texts(figure)
     assert title == "Frame attention · block 7 · mean of 2 heads"

@@ -11,7 +11,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from vggt_adapter.inputs import Head, Images, Weights
+import numpy as np
+
+from vggt_adapter.inputs import FloatArray, Head, Images, Weights
 from vggt_adapter.values import Match, QueryValues, query_values
 from vistvis.errors import InputError
 
@@ -140,7 +142,7 @@ def _draw_frame(
     picture = plan.axes(figure, 0, 0)
     heat = plan.axes(figure, 0, 1)
     frame = values.query.frame
-    picture.imshow(values.images[frame], interpolation="antialiased")
+    _show(picture, values.images[frame])
     _panel_title(picture, f"frame {frame}")
     drawn = _heatmap(heat, values, 0, scale, cmap)
     _panel_title(heat, "attention within the frame")
@@ -171,7 +173,7 @@ def _draw_global(
         row, column = divmod(frame, columns)
         picture = plan.axes(figure, row, column)
         heat = plan.axes(figure, row, column, below=True)
-        picture.imshow(values.images[frame], interpolation="antialiased")
+        _show(picture, values.images[frame])
         drawn = _heatmap(heat, values, frame, scale, cmap)
         mine = frame == values.query.frame
         _panel_title(picture, f"frame {frame} · query" if mine else f"frame {frame}", strong=mine)
@@ -295,13 +297,21 @@ def _heatmap(axes: Axes, values: QueryValues, at: int, scale: Normalize, cmap: s
     """Weights in colour; where they are dark the picture shines through, faint and grey."""
     from matplotlib.cm import ScalarMappable
 
-    mappable = ScalarMappable(norm=scale, cmap=cmap)
-    heat = mappable.to_rgba(values.resized[at])[..., :3]
-    grey = values.images[values.frames[at]] @ _LUMA
+    from vistvis.overlay import colourise, resize
+
+    # One frame at a time: all of them at full size are not needed at once.
+    weights = resize(values.maps[at], values.layout.image_size)
+    heat = colourise(weights, cmap=cmap, normalizer=scale).astype(np.float32)
+    grey = values.images[values.frames[at]] @ np.array(_LUMA, np.float32)
     # "Screen": bright colours, which carry the message, stay as the colour bar has them.
-    screened = 1 - (1 - heat) * (1 - _BACKDROP * grey[..., None])
-    axes.imshow(screened.clip(0, 1), interpolation="antialiased")
-    return mappable
+    heat += (255 - heat) * (_BACKDROP * grey[..., None])
+    axes.imshow(np.rint(heat).astype(np.uint8), interpolation="antialiased")
+    return ScalarMappable(norm=scale, cmap=cmap)
+
+
+def _show(axes: Axes, picture: FloatArray) -> None:
+    # As bytes: matplotlib keeps what it is given and turns floats into more floats.
+    axes.imshow(np.rint(picture * 255).astype(np.uint8), interpolation="antialiased")
 
 
 # -- marks and words -----------------------------------------------------------------------------

@@ -147,7 +147,7 @@ class QueryValues:
         return {
             "attention_maps": self.maps[0] if single else self.maps,
             "attention_maps_resized": self.resized[0] if single else self.resized,
-            "images": self.images,
+            "images": self.images.copy(),
             "metadata": self.metadata,
         }
 
