@@ -44,9 +44,9 @@ def sample_scene() -> tuple[list[Surface], list[Camera]]:
             centre=(-1.25, 0.1, 3.9), size=(1.7, 1.7), texture=astronaut, label=2, yaw=-18
         ),
         scenes.rectangle(
-            centre=(1.75, -0.75, 5.2), size=(1.9, 1.9), texture=rocket, label=3, yaw=20, roll=-4
+            centre=(1.45, -0.72, 5.3), size=(1.9, 1.9), texture=rocket, label=3, yaw=20, roll=-4
         ),
-        scenes.rectangle(centre=(0.25, -0.2, 4.6), size=(1.5, 1.0), texture=cat, label=4, yaw=-6),
+        scenes.rectangle(centre=(0.22, 0.36, 4.6), size=(1.65, 1.1), texture=cat, label=4, yaw=-6),
     ]
     surfaces += scenes.box(
         centre=(0.95, 0.72, 3.2),

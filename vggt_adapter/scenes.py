@@ -224,6 +224,7 @@ class View:
         image: (H, W, 3) uint8.
         depth: (H, W) float32 along the camera's z; infinite where nothing is hit.
         labels: (H, W) int16, the object's label; −1 where nothing is hit.
+        surfaces: (H, W) int16, which of the surfaces is seen; −1 where nothing is hit.
         camera: the camera.
     """
 
