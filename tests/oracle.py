@@ -130,7 +130,8 @@ def reference_weights(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], heads: int | None
 ) -> Tensor:
     """Float64 weights `(B, h, Nq, Nk)` of one attention module on one input."""
-    double = copy.deepcopy(module).double().eval()
+    double = copy.deepcopy(module).double()
+    double.eval()  # in a line of its own: some modules' `eval` returns nothing
     found: dict[str, list[Tensor]] = {"sdpa": [], "softmax": [], "drop": []}
     for one in double.modules():
         if getattr(one, "fused_attn", None) is True:
@@ -140,9 +141,12 @@ def reference_weights(
         drop.register_forward_hook(lambda module, inputs, output: found["drop"].append(output))
     with torch.no_grad(), replaced_kernels(double, found):
         double(*copy_tensors(args, torch.float64), **copy_tensors(kwargs, torch.float64))
+    size = _first_size(args, kwargs)
     for source in ("drop", "sdpa", "softmax"):
         if len(found[source]) == 1:
-            return _heads_second(found[source][0].double(), heads, _first_size(args, kwargs))
+            return _heads_second(module, found[source][0].double(), heads, size)
+        if len(found[source]) == heads and type(module).__name__ == "CascadedGroupAttention":
+            return torch.cat([one[:, None] for one in found[source]], 1)
     raise AssertionError({name: len(values) for name, values in found.items()})
 
 
@@ -151,8 +155,13 @@ def _first_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return int(tensors[0].shape[0])
 
 
-def _heads_second(weights: Tensor, heads: int | None, batch: int) -> Tensor:
+def _heads_second(module: nn.Module, weights: Tensor, heads: int | None, batch: int) -> Tensor:
     """`(…, Nq, Nk)` with heads somewhere in front → `(B, h, Nq, Nk)`."""
+    name = type(module).__name__
+    if name == "LocallyGroupedAttn":  # (B, windows, h, …)
+        return weights.flatten(0, 1)
+    if name == "MaskUnitAttention" or type(module).__module__ == "timm.models.nest":
+        return weights.transpose(1, 2).flatten(0, 1)  # (B, h, windows, …)
     if weights.ndim == 4 and (heads is None or weights.shape[0] != batch * heads):
         return weights
     if weights.ndim == 4:  # HaloNet: (B·h, blocks, …)

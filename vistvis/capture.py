@@ -29,6 +29,7 @@ from vistvis.kernels import (
     error_text,
     read_sdpa,
     sdpa_call,
+    stack_heads,
     without_value,
 )
 from vistvis.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
@@ -36,7 +37,7 @@ from vistvis.patching import Forward, attach, detach
 from vistvis.projections import ProjectionTap
 from vistvis.siteinfo import SiteInfo
 from vistvis.sites import (
-    HEADS_FIRST,
+    HEAD_BY_HEAD,
     UNREADABLE,
     Chooser,
     Site,
@@ -408,7 +409,7 @@ class Capture(Mapping[str, Attention]):
             keeping=self._keeping,
             active=lambda: stack[-1] is run,
             instead={MULTIHEAD_FORWARD: reader.multi_head_attention},
-            heads_first=site.type in HEADS_FIRST,
+            heads_at=site.heads_at,
         )
         before = ProjectionTap(site.module, site.heads) if self._source == "projection" else None
         stack.append(run)
@@ -494,6 +495,8 @@ class Capture(Mapping[str, Attention]):
             raise CaptureError(problems[0])
         if not readings:
             raise CaptureError(self._why_unseen(site))
+        if site.type in HEAD_BY_HEAD and len(readings) == site.heads:
+            return stack_heads(readings)
         if len(readings) > 1:
             raise CaptureError(
                 f"made {len(readings)} attention kernel calls in one run, and which is meant is "
@@ -546,7 +549,9 @@ class Capture(Mapping[str, Attention]):
                         self._finish(site, [], [f"{site.type} can't be read in compiled code"])
                         continue
                     try:
-                        readings = [read_sdpa(call, out, site.heads, None, self._keeping)]
+                        readings = [
+                            read_sdpa(call, out, site.heads, None, self._keeping, site.heads_at)
+                        ]
                     except Exception as error:
                         readings = [Reading(None, "kernel", error=error_text(error))]
                     self._finish(site, readings, [])

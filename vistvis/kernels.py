@@ -8,6 +8,7 @@ whatever is done in between (bias, talking heads, gates) is in it.
 
 from __future__ import annotations
 
+import math
 import mmap
 import string
 import weakref
@@ -54,6 +55,39 @@ class Reading:
     value: Tensor | None = None
     output: Tensor | None = None
     error: str = ""
+
+
+def stack_heads(readings: Sequence[Reading]) -> Reading:
+    """One reading of a module that calls its kernel once for each head.
+
+    Raises
+    ------
+    UnreadableError
+        If the calls are not alike.
+    """
+    parts = [reading.attention for reading in readings]
+    found = [part for part in parts if part is not None]
+    shapes = {(*part.shape, part.weights is None, part.mask is None) for part in found}
+    if len(found) < len(parts) or len(shapes) > 1 or found[0].shape[1] != 1:
+        raise UnreadableError(f"its {len(parts)} kernel calls are not one for each head")
+
+    def cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        known = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(known, 1) if len(known) == len(tensors) else None
+
+    weights = cat([part.weights for part in found])
+    query, key = cat([part.query for part in found]), cat([part.key for part in found])
+    if weights is not None:
+        attention = Attention.from_weights(weights)
+    elif query is None or key is None or len({str(part.scale) for part in found}) > 1:
+        raise UnreadableError(f"its {len(parts)} kernel calls are not alike")
+    else:
+        mask = cat([part.mask for part in found])
+        attention = Attention(
+            query=query, key=key, scale=found[0].scale, mask=mask, causal=found[0].causal
+        )
+    value, output = cat([one.value for one in readings]), cat([one.output for one in readings])
+    return Reading(attention, readings[0].source, value, output)
 
 
 @dataclass(frozen=True)
@@ -122,8 +156,8 @@ class KernelTap(TorchFunctionMode):
         Says whether the calls belong to this tap (False inside a nested site).
     instead
         Functions that are run by another, which reads what they hide.
-    heads_first
-        Its weights are (batch · heads, windows, …), which their shape does not tell.
+    heads_at
+        Which of its leading dimensions are heads, where sizes may not tell.
     """
 
     def __init__(
@@ -134,11 +168,11 @@ class KernelTap(TorchFunctionMode):
         keeping: Keeping,
         active: Callable[[], bool],
         instead: Mapping[Callable[..., Any], Callable[..., Any]],
-        heads_first: bool = False,
+        heads_at: int | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.batch, self.keeping, self.active = heads, batch, keeping, active
-        self.heads_first = heads_first
+        self.heads_at = heads_at
         self.readings: list[Reading] = []
         self.problems: list[str] = []
         self._instead, self._flow = instead, _Flow(self)
@@ -164,7 +198,11 @@ class KernelTap(TorchFunctionMode):
         if self.active():
             try:
                 self.readings.append(
-                    read_sdpa(sdpa_call(*args, **kwargs), out, self.heads, self.batch, self.keeping)
+                    read_sdpa(
+                        sdpa_call(*args, **kwargs),
+                        out,
+                        *(self.heads, self.batch, self.keeping, self.heads_at),
+                    )
                 )
             except Exception as error:  # the user's forward goes on; raised at access
                 self.readings.append(Reading(None, "kernel", error=error_text(error)))
@@ -172,7 +210,12 @@ class KernelTap(TorchFunctionMode):
 
 
 def read_sdpa(
-    call: SdpaCall, out: Tensor | None, heads: int | None, batch: int | None, keeping: Keeping
+    call: SdpaCall,
+    out: Tensor | None,
+    heads: int | None,
+    batch: int | None,
+    keeping: Keeping,
+    heads_at: int | None = None,
 ) -> Reading:
     """Turn one kernel call into an `Attention` over the tensors that the kernel used."""
     query, key = call.query, call.key
@@ -195,7 +238,7 @@ def read_sdpa(
         # One key head serves all query heads without being copied.
         single = len(lead) == 2 and key.shape[1] == 1 and key.shape[0] == lead[0]
         key = key if single else key.expand(*lead, *key.shape[-2:])
-    fold = Fold.of(tuple(query.shape[:-2]), heads, batch)
+    fold = Fold.of(tuple(query.shape[:-2]), heads, batch, heads_at=heads_at)
     if mask is not None and fold.changes:
         mask = fold(mask.expand(*query.shape[:-1], key.shape[-2]))
     if mask is not None and mask.ndim > 4:
@@ -270,11 +313,12 @@ class Fold:
         heads: int | None,
         batch: int | None,
         *,
-        heads_first: bool = False,
+        heads_at: int | None = None,
     ) -> Fold:
         """Find the head dimension among leading dimensions `lead`.
 
-        `heads_first` says that `lead` is (batch · heads, windows).
+        `heads_at` says where it is, for classes where sizes may not tell; 0 says that `lead` is
+        (batch · heads, windows).
 
         Raises
         ------
@@ -282,10 +326,9 @@ class Fold:
             If it can't be told.
         """
         count = len(lead)
-        if count == 2 and heads_first and heads:
-            return cls(
-                (lead[0] // heads, heads, lead[1]), (0, 2, 1), (lead[0] // heads * lead[1], heads)
-            )
+        if count == 2 and heads_at == 0 and heads:
+            first = lead[0] // heads
+            return cls((first, heads, lead[1]), (0, 2, 1), (first * lead[1], heads))
         if count == 2:
             return cls(lead, (0, 1), (lead[0], lead[1]))
         if count == 0 and batch is not None:
@@ -297,19 +340,16 @@ class Fold:
             if folded and heads is not None and (batch is None or lead[0] == batch * heads):
                 return cls(lead, (0,), (lead[0] // heads, heads))
             return cls(lead, (0,), (lead[0], 1))
-        places = [place for place, size in enumerate(lead) if size == heads]
-        if not places:
+        places = [place for place in range(1, count) if lead[place] == heads]
+        if heads_at is not None and lead[heads_at] == heads:
+            places = [heads_at]
+        if not places or (len(places) > 1 and heads != 1):
             raise UnreadableError(
                 f"which of its dimensions {lead} are heads is not known (the module says {heads})"
             )
-        place = 1 if 1 in places else places[0]
-        if lead[0] == heads and place == 0 and batch == heads and len(places) > 1:
-            place = places[1]
-        rest = tuple(dim for dim in range(count) if dim != place)
-        number = 1
-        for dim in rest:
-            number *= lead[dim]
-        return cls(lead, (*rest, place), (number, lead[place]))
+        rest = tuple(dim for dim in range(count) if dim != places[0])
+        number = math.prod(lead[dim] for dim in rest)
+        return cls(lead, (*rest, places[0]), (number, lead[places[0]]))
 
     @property
     def changes(self) -> bool:
@@ -435,7 +475,7 @@ class _Flow:
             weights, value, output = second.mT, first.mT, out.mT
         tap = self._tap
         lead = tuple(weights.shape[:-2])
-        fold = Fold.of(lead, tap.heads, tap.batch, heads_first=tap.heads_first)
+        fold = Fold.of(lead, tap.heads, tap.batch, heads_at=tap.heads_at)
         kept = keep(fold(weights), None, tap.keeping.device)
         reading = Reading(Attention.from_weights(kept), "softmax")
         if tap.keeping.values and value is not None and output is not None:

@@ -72,8 +72,16 @@ REFUSED = {
 }
 
 
-# Weights of shape (batch · heads, windows, …): their shape alone does not tell.
-HEADS_FIRST = {"HaloAttn"}
+# Which leading dimension of queries or weights are heads, where sizes may not tell; 0 stands for
+# (batch · heads, windows).
+_HEADS_AT = {
+    "HaloAttn": 0,
+    "MaskUnitAttention": 1,
+    "timm.models.nest.Attention": 1,
+    "LocallyGroupedAttn": 2,
+}
+# One kernel call for each head, in order.
+HEAD_BY_HEAD = {"CascadedGroupAttention"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,13 @@ class Site:
     def type(self) -> str:
         """The module's class name."""
         return type(self.module).__name__
+
+    @property
+    def heads_at(self) -> int | None:
+        """Which leading dimension of its queries are heads, for classes that are known for it."""
+        return _HEADS_AT.get(
+            self.type, _HEADS_AT.get(f"{type(self.module).__module__}.{self.type}")
+        )
 
     def __str__(self) -> str:
         heads = f"{self.heads} heads" if self.heads else "heads unknown"
