@@ -27,17 +27,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "projections": CORE,
     "verify": CORE | {"kernels"},
     "multihead": CORE | {"kernels"},
-    "capture": CORE
-    | {"sites", "patching", "kernels", "multihead", "projections", "verify"},
+    "capture": CORE | {"sites", "patching", "kernels", "multihead", "projections", "verify"},
     "analysis": CORE,
     "files": CORE,
     "paths": CORE | {"files"},
     "store": CORE | {"files", "paths"},
     "overlay": CORE,
     "views": CORE | {"analysis", "files", "overlay", "store", "paths", "views"},
+    "png": CORE,
+    "sources": CORE | {"files", "paths", "overlay"},
     "state": CORE,
     "decorators": CORE | {"state", "files", "paths", "store"},
-    "reconstruction": CORE | {"files", "paths", "store", "overlay", "views"},
+    "reconstruction": CORE | {"files", "paths", "store", "overlay", "png", "sources", "views"},
 }
 FREE = {"__init__", "__main__", "cli", "commands"}
 

@@ -16,6 +16,10 @@ from vistvis.errors import VistvisWarning as VistvisWarning
 from vistvis.siteinfo import SiteInfo as SiteInfo
 from vistvis.siteinfo import WindowInfo as WindowInfo
 from vistvis.sites import find_sites as find_sites
+
+# `state` is also the name of its module: bound here, the name means the object from the start.
+from vistvis.state import LayerCounter as LayerCounter
+from vistvis.state import state as state
 from vistvis.tokens import TokenLayout as TokenLayout
 from vistvis.tokens import TokenPlace as TokenPlace
 
@@ -31,8 +35,6 @@ if TYPE_CHECKING:
     from vistvis.reconstruction import (
         run_overlay_for_reconstruction as run_overlay_for_reconstruction,
     )
-    from vistvis.state import LayerCounter as LayerCounter
-    from vistvis.state import state as state
     from vistvis.store import Run as Run
     from vistvis.store import RunWriter as RunWriter
     from vistvis.store import open_run as open_run
@@ -62,4 +64,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, "LayerCounter", "state"})
+    return sorted({*globals(), *_HOME})

@@ -6,6 +6,7 @@ Pictures are uint8 `(H, W, 3)`; maps are float, one value per patch or per pixel
 from __future__ import annotations
 
 import functools
+import sys
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -135,13 +136,15 @@ def colourise(
     array = as_array(values)
     if normalizer is not None:
         array = np.asarray(np.ma.filled(normalizer(array), 0.0), dtype=np.float32)
-    return table(cmap)[levels(array)]
+    return table(cmap).take(levels(array), axis=0)
 
 
 def levels(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     """The colour table's entry for values from 0 to 1: 256 equal steps."""
-    with np.errstate(invalid="ignore"):
-        steps = np.clip(np.nan_to_num(values) * _LEVELS, 0, _LEVELS - 1)
+    steps = values * np.float32(_LEVELS)
+    # fmax and fmin also turn NaN into 0, which a conversion to int would not.
+    np.fmax(steps, 0, out=steps)
+    np.fmin(steps, _LEVELS - 1, out=steps)
     return steps.astype(np.uint8)
 
 
@@ -210,7 +213,7 @@ def blend_levels(
         uint8 `(256, 3)`; see `table`.
     """
     check_alpha(alpha)
-    return mixed(weighted(image, 1 - alpha), weighted(colours, alpha)[entries])
+    return mixed(weighted(image, 1 - alpha), weighted(colours, alpha).take(entries, axis=0))
 
 
 def check_alpha(alpha: float) -> None:
@@ -227,10 +230,11 @@ def weighted(colours: NDArray[np.uint8], weight: float) -> NDArray[np.uint16]:
 def mixed(under: NDArray[np.uint16], over: NDArray[np.uint16]) -> NDArray[np.uint8]:
     """The sum of two weighted colours, rounded to levels."""
     # 255 · 256 + 2 · 0.5 + 128 stays below 2¹⁶: nothing overflows.
-    total = under + over
+    total = np.add(under, over, order="C")
     total += np.uint16(128)
-    total >>= np.uint16(8)
-    return total.astype(np.uint8)
+    # The high byte of every number is the level.
+    high = 1 if sys.byteorder == "little" else 0
+    return np.ascontiguousarray(total.view(np.uint8)[..., high::2])
 
 
 def outline(

@@ -1,0 +1,223 @@
+"""Choosing patches by clicking: a picture with its grid in a window."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vistvis.errors import DisplayError
+from vistvis.tokens import TokenLayout
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.backend_bases import Event
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from numpy.typing import NDArray
+
+_ALTERNATIVES = (
+    "give tokens by number instead (query_idx=500 or a list; TokenLayout.index finds the number of "
+    "a patch by row and column), or look around in the HTML view in a browser"
+)
+# These draw into a notebook or a browser: their `show` returns at once, so nothing can be returned
+# when a window is closed.
+_NOT_WINDOWS = ("inline", "nbagg", "ipympl", "widget", "webagg", "notebook")
+_LEFT_BUTTON = 1
+_SHOWN = 12
+
+
+class PatchPicker:
+    """The patches that are chosen, and the figure they are clicked on.
+
+    A left click adds a patch, or takes it away again. Chosen patches are outlined, numbered in the
+    order they were chosen, and listed above the picture. It needs no window: `figure` may be on any
+    canvas.
+
+    Parameters
+    ----------
+    figure
+        An empty matplotlib figure.
+    image
+        uint8 `(H, W, 3)`.
+    layout
+        Its grid is drawn; sizes may differ from `image`'s.
+    """
+
+    def __init__(
+        self, figure: Figure, image: NDArray[np.uint8], layout: TokenLayout, *, title: str = ""
+    ) -> None:
+        self.layout = layout.frame_layout()
+        self.chosen: dict[int, tuple[Rectangle, Any]] = {}
+        self._title = title
+        self._figure = figure
+        height, width = image.shape[:2]
+        self._cell = height / self.layout.grid[0], width / self.layout.grid[1]
+        self.axes: Axes = figure.add_axes((0.02, 0.02, 0.96, 0.84))
+        self.axes.imshow(image, interpolation="antialiased")
+        self.axes.set_axis_off()
+        self._draw_grid(height, width)
+        self._head = figure.text(0.02, 0.975, "", va="top", fontsize=11, fontweight="bold")
+        self._list = figure.text(0.02, 0.925, "", va="top", fontsize=10, color="#444444")
+        self._refresh()
+        figure.canvas.mpl_connect("button_press_event", self.on_click)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Chosen tokens within the frame, special tokens counted, in the order of choosing."""
+        return list(self.chosen)
+
+    def on_click(self, event: Event) -> None:
+        """Take a mouse button event; clicks elsewhere, or while zooming or panning, do nothing."""
+        toolbar = getattr(self._figure.canvas, "toolbar", None)
+        busy = bool(getattr(toolbar, "mode", ""))
+        button, axes = getattr(event, "button", None), getattr(event, "inaxes", None)
+        if busy or axes is not self.axes or button != _LEFT_BUTTON:
+            return
+        # Pixel centres are whole numbers: the first pixel starts at -0.5.
+        row = int((event.ydata + 0.5) // self._cell[0])  # type: ignore[attr-defined]
+        col = int((event.xdata + 0.5) // self._cell[1])  # type: ignore[attr-defined]
+        rows, cols = self.layout.grid
+        if 0 <= row < rows and 0 <= col < cols:
+            self.toggle(self.layout.index(row=row, col=col))
+
+    def toggle(self, token: int) -> None:
+        """Choose a patch token, or take it away."""
+        if token in self.chosen:
+            for drawn in self.chosen.pop(token):
+                drawn.remove()
+        else:
+            self.chosen[token] = self._outline(token)
+        for number, (_, label) in enumerate(self.chosen.values(), 1):
+            label.set_text(str(number))
+        self._refresh()
+        self._figure.canvas.draw_idle()
+
+    def _outline(self, token: int) -> tuple[Rectangle, Any]:
+        from matplotlib import patheffects
+        from matplotlib.patches import Rectangle
+
+        place = self.layout.locate(token)
+        assert place.row is not None
+        assert place.col is not None
+        high, wide = self._cell
+        corner = place.col * wide - 0.5, place.row * high - 0.5
+        # A dark line around the bright one shows on any picture.
+        dark = patheffects.withStroke(linewidth=4, foreground="black")
+        box = Rectangle(corner, wide, high, fill=False, edgecolor="#ff2d78", linewidth=2, zorder=3)
+        box.set_path_effects([dark, patheffects.Normal()])
+        self.axes.add_patch(box)
+        label = self.axes.annotate(
+            "",
+            (corner[0] + wide, corner[1]),
+            xytext=(2, 1),
+            textcoords="offset points",
+            color="white",
+            fontsize=9,
+            fontweight="bold",
+            path_effects=[patheffects.withStroke(linewidth=2.5, foreground="black")],
+            zorder=4,
+        )
+        return box, label
+
+    def _draw_grid(self, height: int, width: int) -> None:
+        from matplotlib.collections import LineCollection
+
+        rows, cols = self.layout.grid
+        lines = [
+            ((-0.5, y - 0.5), (width - 0.5, y - 0.5)) for y in np.linspace(0, height, rows + 1)
+        ]
+        lines += [
+            ((x - 0.5, -0.5), (x - 0.5, height - 0.5)) for x in np.linspace(0, width, cols + 1)
+        ]
+        self.axes.add_collection(LineCollection(lines, colors="white", alpha=0.35, linewidths=0.6))
+
+    def _refresh(self) -> None:
+        of = f" of {self._title}" if self._title else ""
+        self._head.set_text(f"Click the query patches{of}; close the window when done")
+        self._list.set_text(self._listed())
+
+    def _listed(self) -> str:
+        if not self.chosen:
+            return "none chosen yet · click again to take one away"
+        tokens = self.tokens
+        names = [f"{n}: token {token}" for n, token in enumerate(tokens, 1)]
+        if len(names) <= 4:
+            places = (self.layout.locate(token) for token in tokens)
+            where = (f" (row {place.row}, col {place.col})" for place in places)
+            return " · ".join(name + at for name, at in zip(names, where, strict=True))
+        shown = ", ".join(str(token) for token in tokens[:_SHOWN])
+        more = "" if len(tokens) <= _SHOWN else f" and {len(tokens) - _SHOWN} more"
+        return f"{len(tokens)} chosen: tokens {shown}{more}"
+
+
+def pick_patches(image: NDArray[np.uint8], layout: TokenLayout, *, title: str = "") -> list[int]:
+    """Open a window, let patches be clicked, and return them when it is closed.
+
+    Parameters
+    ----------
+    image
+        uint8 `(H, W, 3)`.
+    layout
+        Where its patches lie.
+    title
+        What the picture is, for the window's head.
+
+    Returns
+    -------
+    Tokens within the frame, special tokens counted, in the order of choosing; empty if none.
+
+    Raises
+    ------
+    DisplayError
+        If no window can be opened: no display, no toolkit (Tk, Qt, …), or a backend of matplotlib
+        that draws into a notebook.
+
+    The window is matplotlib's, of the backend that is set or else the first that works.
+    """
+    import matplotlib.pyplot as plt
+
+    _check_display()
+    height, width = image.shape[:2]
+    tall = 8.6
+    size = (max(5.5, (tall * 0.84) * width / height / 0.96), tall)
+    scale = min(1.0, 13.0 / size[0])
+    try:
+        figure = plt.figure(figsize=(size[0] * scale, size[1] * scale))
+    except Exception as error:  # each toolkit has its own for a display that does not answer
+        raise DisplayError(f"no window can be opened ({error}); {_ALTERNATIVES}") from error
+    try:
+        _check_backend(figure)
+        if figure.canvas.manager is not None:
+            figure.canvas.manager.set_window_title("vistvis: choose patches")
+        picker = PatchPicker(figure, image, layout, title=title)
+        plt.show(block=True)
+    finally:
+        plt.close(figure)
+    return picker.tokens
+
+
+def _check_display() -> None:
+    if not sys.platform.startswith("linux"):
+        return
+    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise DisplayError(
+            f"no display: neither DISPLAY nor WAYLAND_DISPLAY is set, so no window can be opened; "
+            f"{_ALTERNATIVES}"
+        )
+
+
+def _check_backend(figure: Figure) -> None:
+    """Whether the backend that pyplot has settled on opens windows that can be waited for."""
+    import matplotlib
+
+    name = matplotlib.get_backend()
+    framework = getattr(figure.canvas, "required_interactive_framework", None)
+    if framework in (None, "headless") or any(word in name.lower() for word in _NOT_WINDOWS):
+        raise DisplayError(
+            f"matplotlib draws with {name!r}, which opens no window; choose one that does before "
+            "(matplotlib.use('TkAgg') or 'QtAgg', or %matplotlib qt in a notebook; Tk comes with "
+            f"most Pythons, Qt with pip install PySide6-Essentials), or {_ALTERNATIVES}"
+        )
