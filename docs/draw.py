@@ -1,0 +1,22 @@
+"""Draw the README's pictures: what `vistvis demo` draws, as JPEG. Run it from anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vggt_adapter.look import choose_token, load_model, load_pictures, look
+
+FOLDER = Path(__file__).parent / "images"
+
+
+def main() -> None:
+    model = load_model("tiny", device="cpu")
+    loaded = load_pictures(None, model)
+    place, requested = choose_token(model, loaded)
+    seen = look(model, loaded, place, requested=requested, block_idx=-1)
+    for kind, figure in seen.draw().items():
+        figure.save(FOLDER / f"demo_{kind}.jpg", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
