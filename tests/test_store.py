@@ -798,3 +798,30 @@ def test_a_service_that_fails(url: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "pipe_file", fail)
     with pytest.raises(StoreError, match=r"memory://bucket/runs/fern.*throttled"):
         save_run(captured(1), url)
+
+
+def test_errors_while_a_model_runs_are_those_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of the capture, to which the sink belongs; and the model's output is untouched."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    model = nn.Sequential(layer, nn.Identity())
+    tokens = torch.randn(1, 5, 16, requires_grad=True)
+    with (
+        pytest.raises(InputError, match="already"),
+        RunWriter(tmp_path / "twice") as writer,
+        vistvis.capture(model, sink=writer),
+    ):
+        first, second = model(tokens), model(tokens)
+    assert torch.equal(first, second)
+    assert len(open_run(tmp_path / "twice")) == 1
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = RunWriter(tmp_path / "full")
+    monkeypatch.setattr(LocalFolder, "write", full)
+    with vistvis.capture(model, sink=writer):
+        model(tokens)
+    with pytest.raises(StoreError, match="No space left"):
+        writer.close()

@@ -211,6 +211,9 @@ class Manifest:
         for key in ("writer", "made_by", "model"):
             if not isinstance(data[key], str) and not (key == "model" and data[key] is None):
                 raise TypeError(f"{key} is {data[key]!r}")
+        pictures = FileRecord.from_dict(images, IMAGES_FILE) if images is not None else None
+        if pictures is not None and set(pictures.tensors) != {"images"}:
+            raise ValueError(f"images hold {sorted(pictures.tensors)}")
         return cls(
             writer=data["writer"],
             expected=(*expected, *(name for name in sites if name not in known)),
@@ -218,7 +221,7 @@ class Manifest:
             model=data["model"],
             layout=TokenLayout.from_dict(layout) if layout is not None else None,
             metadata=metadata,
-            images=FileRecord.from_dict(images, IMAGES_FILE) if images is not None else None,
+            images=pictures,
             sites=sites,
             made_by=data["made_by"],
         )

@@ -149,6 +149,12 @@ class Run(Mapping[str, Attention]):
         return sum(record.nbytes for record in self._manifest.files)
 
     @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """The shape of `images`, without reading them."""
+        record = self._manifest.images
+        return None if record is None else record.tensors["images"].shape
+
+    @property
     def images(self) -> Tensor | None:
         """What the model saw, as it was given, `(S, C, H, W)` or `(B, S, C, H, W)`; or None.
 
@@ -242,9 +248,8 @@ class Run(Mapping[str, Attention]):
             parts.append(f"model {self.model!r}")
         if self.layout:
             parts.append(str(self.layout))
-        if self._manifest.images:
-            shape = self._manifest.images.tensors["images"].shape
-            parts.append(f"images {shape}")
+        if self.image_shape:
+            parts.append(f"images {self.image_shape}")
         parts.append(bytes_text(self.nbytes))
         return f"Run({self.path!r}: {', '.join(parts)})"
 

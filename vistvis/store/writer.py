@@ -29,9 +29,12 @@ from vistvis.tokens import TokenLayout
 class RunWriter:
     """Write a run site by site, in the background, in the order given.
 
-        with vistvis.RunWriter("runs/fern", images=images, layout=layout) as writer:
-            with vistvis.capture(model, sink=writer):
-                model(images)
+        with (
+            vistvis.RunWriter("runs/fern", images=images) as writer,
+            vistvis.capture(model, sink=writer) as captured,
+        ):
+            writer.expect(captured.sites.names)
+            model(images)
 
     Parameters
     ----------
@@ -147,8 +150,16 @@ class RunWriter:
         self._put(_Site(name, attention, _event_of(attention)))
         self._given.add(name)
 
-    # `capture(model, sink=writer)` calls its sink.
-    __call__ = write
+    def __call__(self, name: str, attention: Attention) -> None:
+        """`write` for `capture(model, sink=writer)`: errors wait for `close`.
+
+        A sink must not break the forward pass, and what it raises there would be reported as an
+        error of the capture.
+        """
+        try:
+            self.write(name, attention)
+        except Exception as error:
+            self._error = self._error or error
 
     @property
     def finished(self) -> tuple[str, ...]:

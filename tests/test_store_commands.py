@@ -1,0 +1,218 @@
+"""`vistvis store` and `vistvis info`, from the command line's own entry."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vistvis
+from vggt_adapter import VGGT, AttentionExtractor, VGGTConfig, save_checkpoint
+from vistvis.cli import main
+from vistvis.commands import _models
+from vistvis.store import RunWriter, open_run
+
+TIMM = "vit_tiny_patch16_224@random"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[str]:
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(2):
+        path = tmp_path / f"photo{number}.png"
+        Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(path)
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def front_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VGGT's entry point, as an installed package has it (a checkout has none)."""
+    found = metadata.EntryPoint("vggt", "vggt_adapter.loader:load", _models.GROUP)
+    monkeypatch.setattr(_models.metadata, "entry_points", lambda group: [found])
+
+
+@pytest.fixture
+def vggt(tmp_path: Path) -> str:
+    torch.manual_seed(3)
+    config = VGGTConfig(
+        img_size=56, patch_size=14, embed_dim=32, depth=2, num_heads=2, patch_embed="conv"
+    )
+    path = tmp_path / "small.safetensors"
+    save_checkpoint(VGGT(config), path)
+    return f"vggt:{path}"
+
+
+def test_pyproject_names_the_loader() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    section = text.split(f'[project.entry-points."{_models.GROUP}"]')[1]
+    module, name = section.split('vggt = "')[1].split('"')[0].split(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_store_a_timm_model(
+    photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    command = [
+        "store",
+        *photos,
+        "--model",
+        TIMM,
+        "--sites",
+        "blocks.0.attn",
+        "blocks.1.*",
+        "--out",
+        out,
+    ]
+    assert main(command) == 0
+    assert "2 sites" in capsys.readouterr().out
+    run = open_run(out)
+    assert list(run) == ["blocks.0.attn", "blocks.1.attn"]
+    assert run["blocks.1.attn"].shape == (2, 3, 197, 197)
+    assert run.images is not None
+    assert run.images.shape == (2, 1, 3, 224, 224)
+    assert 0 <= float(run.images.min()) < float(run.images.max()) <= 1
+    assert run.layout is not None
+    assert run.layout.grid == (14, 14)
+    # The same again, straight from the model.
+    loaded = _models.load(TIMM, images=photos)
+    with vistvis.capture(loaded.model, "blocks.1.attn") as live, torch.no_grad():
+        loaded.model(loaded.images)
+    assert torch.equal(live["blocks.1.attn"].query, run["blocks.1.attn"].query)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("front_end")
+def test_store_vggt(photos: list[str], vggt: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    assert main(["store", *photos, "--model", vggt, "--out", out, "--device", "cpu"]) == 0
+    run = open_run(out)
+    names = ["frame_block_0", "global_block_0", "frame_block_1", "global_block_1"]
+    assert list(run) == names
+    assert run.complete
+    assert run.images is not None
+    loaded = _models.load(vggt, images=photos, device="cpu")
+    assert torch.equal(run.images, loaded.pictures)
+    extractor = AttentionExtractor(loaded.model)
+    extractor.register_hooks()
+    with torch.no_grad():
+        loaded.model(loaded.images)
+    for name in names:
+        live = extractor.captured[name]
+        assert torch.equal(run[name].query, live.query)  # type: ignore[arg-type]
+        assert torch.equal(run[name].key, live.key)  # type: ignore[arg-type]
+        assert run[name].site == live.site
+    site = run["global_block_1"].site
+    assert site is not None
+    assert run.layout == site.key_layout
+    assert main(["store", *photos, "--model", vggt, "--sites", "global*", "--out", out]) == 0
+    assert list(open_run(out)) == ["global_block_0", "global_block_1"]
+
+
+@pytest.mark.usefixtures("front_end")
+def test_store_goes_on_with_what_was_cut_short(
+    photos: list[str], vggt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "run")
+    command = ["store", *photos, "--model", vggt, "--out", out, "--device", "cpu"]
+    real = RunWriter.write
+
+    def interrupted(writer: RunWriter, name: str, attention: Any) -> None:
+        if name == "frame_block_1":
+            raise KeyboardInterrupt
+        real(writer, name, attention)
+
+    monkeypatch.setattr(RunWriter, "write", interrupted)
+    assert main(command) == 130
+    assert open_run(out).missing == ("frame_block_1", "global_block_1")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/sites").iterdir()}
+    monkeypatch.setattr(RunWriter, "write", real)
+    assert main(command) == 0
+    assert open_run(out).complete
+    assert (
+        before.items()
+        <= {p: p.stat().st_mtime_ns for p in (tmp_path / "run/sites").iterdir()}.items()
+    )
+
+
+@pytest.mark.usefixtures("front_end")
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"--model": "vit_tinyy_patch16_224"}, "did you mean vit_tiny_patch16_224"),
+        ({"--model": "nosuch:x"}, "timm:NAME, vggt:NAME"),
+        ({"--model": "vggt:"}, "timm:NAME, vggt:NAME"),
+        ({"--model": "vggt:/nothing/here.safetensors"}, "/nothing/here.safetensors"),
+        ({"--model": "vit_tiny_patch16_224@/nothing"}, "no checkpoint /nothing"),
+        ({"--sites": "nothing*"}, "nothing*"),
+        ({"PHOTO": "nothing.jpg"}, "no picture nothing.jpg"),
+        ({"PHOTO": __file__}, "can't be read as a picture"),
+        ({"--out": "/dev/null"}, "/dev/null"),
+    ],
+)
+def test_what_store_refuses(
+    photos: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    text: str,
+) -> None:
+    given = {"--model": TIMM, "--out": str(tmp_path / "run"), "PHOTO": photos[0], **changes}
+    command = ["store", given.pop("PHOTO"), *(part for pair in given.items() for part in pair)]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vistvis store: error: ")
+    assert text in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_info(photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    main(
+        [
+            "store",
+            *photos,
+            "--model",
+            TIMM,
+            "--sites",
+            "blocks.0.attn",
+            "blocks.1.*",
+            "--out",
+            str(out),
+        ]
+    )
+    capsys.readouterr()
+    assert main(["info", str(out), "--check"]) == 0
+    text = capsys.readouterr().out
+    for part in (TIMM, "14×14", "blocks.1.attn", "2 × 3 × 197 × 197", "Q and K F32", "complete"):
+        assert part in text
+    assert main(["info", str(out), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["complete"]
+    assert data["sites"]["blocks.0.attn"]["shape"] == [2, 3, 197, 197]
+    assert data["bytes"] == sum(p.stat().st_size for p in out.rglob("*.safetensors"))
+
+    os.truncate(out / "sites/blocks.0.attn.safetensors", 50)
+    assert main(["info", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "1 of 2 sites" in text
+    assert "blocks.0.attn  DAMAGED" in text
+    with open(out / "sites/blocks.1.attn.safetensors", "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\xaa\x55")
+    assert main(["info", str(out), "--check"]) == 2
+    assert "blocks.1.attn.safetensors is damaged" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "nothing")]) == 2
+    assert "no run in" in capsys.readouterr().err
+    RunWriter(tmp_path / "part", expected=["a"]).close()
+    assert main(["info", str(tmp_path / "part")]) == 1
+    assert "a  MISSING" in capsys.readouterr().out

@@ -1,0 +1,114 @@
+"""`vistvis info`: what a stored run holds, what it lacks, and whether it is sound."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vistvis.store import Run
+
+HELP = "what a stored run holds: model, pictures, sites, what is missing"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `vistvis info`."""
+    parser.add_argument("run", metavar="RUN", help="a run's folder or fsspec URL")
+    parser.add_argument(
+        "--check", action="store_true", help="compare every checksum (reads the whole run)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `vistvis info`; the exit code is 1 for a run that is not whole."""
+    from vistvis.store import open_run
+
+    stored = open_run(arguments.run, strict=False)
+    if arguments.check:
+        stored.check(progress=not arguments.json)
+    if arguments.json:
+        import json
+
+        sys.stdout.write(json.dumps(summary(stored), indent=1) + "\n")
+    else:
+        sys.stdout.write("\n".join(lines(stored, checked=arguments.check)) + "\n")
+    return 0 if stored.complete else 1
+
+
+def summary(stored: Run) -> dict[str, Any]:
+    """What is printed, as plain data."""
+    images = stored.image_shape
+    return {
+        "path": stored.path,
+        "model": stored.model,
+        "layout": stored.layout.to_dict() if stored.layout else None,
+        "images": list(images) if images else None,
+        "metadata": stored.metadata,
+        "bytes": stored.nbytes,
+        "complete": stored.complete,
+        "sites": {
+            name: {
+                "kind": record.kind,
+                "shape": list(record.shape),
+                "dtype": record.dtype,
+                "bytes": record.file.nbytes,
+            }
+            for name, record in ((name, stored.record(name)) for name in stored)
+        },
+        "missing": list(stored.missing),
+        "damaged": dict(stored.damaged),
+    }
+
+
+def lines(stored: Run, *, checked: bool) -> list[str]:
+    """What is printed, for people."""
+    from vistvis.checks import bytes_text
+
+    dense = 0
+    rows = []
+    for name in stored:
+        record = stored.record(name)
+        batch, heads, queries, keys = record.shape
+        dense += 2 * batch * heads * queries * keys
+        what = "Q and K" if record.kind == "qk" else "weights"
+        extra = [part for part in ("mask",) if part in record.file.tensors]
+        rows.append(
+            (
+                name,
+                " × ".join(map(str, record.shape)),
+                f"{what} {record.dtype}" + "".join(f" + {part}" for part in extra),
+                bytes_text(record.file.nbytes),
+            )
+        )
+    images = stored.image_shape
+    head = [
+        ("run", stored.path),
+        ("model", stored.model or "not said"),
+        ("layout", str(stored.layout) if stored.layout else "not said"),
+        ("images", " × ".join(map(str, images)) if images else "none"),
+        ("size", f"{bytes_text(stored.nbytes)} (dense float16 would take {bytes_text(dense)})"),
+        *((key, str(value)) for key, value in stored.metadata.items() if value is not None),
+        ("state", _state(stored, checked=checked)),
+    ]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    return [
+        *(f"{key:<10}{value}" for key, value in head),
+        "",
+        *(
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        ),
+        *(f"{name}  MISSING" for name in stored.missing if name not in stored.damaged),
+        *(f"{name}  DAMAGED: {problem}" for name, problem in stored.damaged.items()),
+    ]
+
+
+def _state(stored: Run, *, checked: bool) -> str:
+    known = len(stored.expected)
+    if stored.missing:
+        return f"{len(stored)} of {known} sites; store it again to go on with it"
+    if not stored.complete:
+        return f"{known} sites, but its writer was cut short: there may have been more to come"
+    return f"complete, {known} sites" + (", every checksum agrees" if checked else "")

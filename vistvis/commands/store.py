@@ -1,0 +1,100 @@
+"""`vistvis store`: run a model over pictures and keep the attention of its sites as a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vistvis.attention import Attention
+    from vistvis.commands._models import Sink
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+HELP = "run a model over pictures and store the queries and keys of its attention"
+
+_EXAMPLES = """\
+examples:
+  vistvis store a.jpg b.jpg c.jpg --model vggt:tiny --out runs/scene
+      every block of the bundled small VGGT
+  vistvis store *.jpg --model vggt:facebook/VGGT-1B --sites 'global_block_*' --out runs/scene
+      the global blocks of the published model
+  vistvis store photo.jpg --model vit_small_patch14_dinov2 --out s3://bucket/photo
+      a model of timm, to an fsspec URL
+
+A run that was cut short goes on when the same command is given again; a finished one is replaced
+at the end, at once.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `vistvis store`."""
+    parser.epilog = _EXAMPLES
+    parser.add_argument("images", nargs="+", metavar="PHOTO", help="what the model is to see")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="a timm name (NAME@random: untrained, NAME@FILE: a checkpoint), or vggt:tiny, "
+        "vggt:facebook/VGGT-1B, vggt:FILE",
+    )
+    parser.add_argument("--out", required=True, metavar="RUN", help="a folder or fsspec URL")
+    parser.add_argument(
+        "--sites", nargs="+", metavar="GLOB", help="which sites (default: all that can be read)"
+    )
+    parser.add_argument("--size", type=int, help="pixels of the pictures' width (default: model's)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")
+    parser.add_argument("--anew", action="store_true", help="don't go on with an unfinished run")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `vistvis store`; prints what was stored."""
+    import torch
+
+    from vistvis.commands._models import load
+    from vistvis.store import RunWriter, open_run
+
+    loaded = load(
+        arguments.model,
+        images=arguments.images,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        size=arguments.size,
+    )
+    names = loaded.names(arguments.sites)
+    with RunWriter(
+        arguments.out,
+        expected=names,
+        images=loaded.pictures,
+        model=arguments.model,
+        metadata={
+            "pictures": [str(path) for path in arguments.images],
+            "dtype": arguments.dtype,
+        },
+        resume=not arguments.anew,
+    ) as writer:
+        had = len(writer.finished)
+        with loaded.capture(arguments.sites, _Bar(writer, len(names))), torch.no_grad():
+            loaded.model(loaded.images)
+    stored = open_run(arguments.out)
+    went_on = f", {had} of them before" if had else ""
+    sys.stdout.write(f"{stored!r}{went_on}\n")
+    return 0
+
+
+class _Bar:
+    """A sink that moves a bar on its way, where somebody is watching a terminal."""
+
+    def __init__(self, sink: Sink, total: int) -> None:
+        from tqdm import tqdm
+
+        self._sink = sink
+        self._bar = tqdm(total=total, desc="storing", unit="site", disable=None)
+
+    def __call__(self, name: str, attention: Attention) -> None:
+        self._sink(name, attention)
+        self._bar.update()
+        if self._bar.n == self._bar.total:
+            self._bar.close()
