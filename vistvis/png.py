@@ -46,7 +46,7 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
     height, width, _ = image.shape
     header = struct.pack(">IIBBBBB", width, height, 8, _TRUECOLOUR, 0, 0, 0)
     packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
-    data = packer.compress(_filtered(image)) + packer.flush()
+    data = packer.compress(_filtered(image).data) + packer.flush()
     parts = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
     return _SIGNATURE + b"".join(_chunk(name, content) for name, content in parts)
 

@@ -95,9 +95,12 @@ class _Table:
 
     @property
     def subtitle(self) -> str:
+        numbered = _counted(sum(isinstance(head, int) for head in self.heads), "head")
+        words = ["the mean" if h == "mean" else h for h in self.heads if isinstance(h, str)]
+        columns = " and ".join(([numbered] if len(words) < len(self.heads) else []) + words)
         return (
-            f"{_counted(len(self.layers), 'layer')} × {_counted(len(self.heads), 'head')}; each "
-            "overlay runs from its own minimum to its own maximum"
+            f"{_counted(len(self.layers), 'layer')} × {columns}; each overlay runs from its own "
+            "minimum to its own maximum"
         )
 
 
