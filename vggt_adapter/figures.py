@@ -146,8 +146,8 @@ def _draw_frame(
     _panel_title(picture, f"frame {frame}")
     drawn = _heatmap(heat, values, 0, scale, cmap)
     _panel_title(heat, "attention within the frame")
-    _mark_match(picture, values.matches[0])
-    _mark_match(heat, values.matches[0])
+    _mark_match(picture, values, values.matches[0])
+    _mark_match(heat, values, values.matches[0])
     _mark_query(picture, values)
     _mark_query(heat, values)
     _note(heat, values.matches[0], values)
@@ -178,7 +178,7 @@ def _draw_global(
         mine = frame == values.query.frame
         _panel_title(picture, f"frame {frame} · query" if mine else f"frame {frame}", strong=mine)
         for axes in (picture, heat):
-            _mark_match(axes, match)
+            _mark_match(axes, values, match)
             if mine:
                 _mark_query(axes, values)
         _note(heat, match, values)
@@ -323,26 +323,30 @@ def _mark_query(axes: Axes, values: QueryValues) -> None:
 
     height, width = values.layout.image_size
     x0, y0, x1, y1 = values.query.box or (0, 0, width, height)
-    pad = 0.3 * values.layout.patch_size[0] if values.query.is_patch else 0.0
+    # The line runs just outside the patch, which stays to be seen, but not outside the picture; of
+    # its three colours one stands out on any picture.
+    pad = 0.3 * values.layout.patch_size[0]
+    left, top = max(x0 - pad, 0), max(y0 - pad, 0)
+    right, bottom = min(x1 + pad, width), min(y1 + pad, height)
     # Pixel centres are whole numbers in imshow, so that a pixel's edge lies half a pixel before.
-    corner, size = (x0 - 0.5 - pad, y0 - 0.5 - pad), (x1 - x0 + 2 * pad, y1 - y0 + 2 * pad)
-    # The line runs just outside the patch, which stays to be seen; of its three colours one stands
-    # out on any picture.
+    corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
+    style: dict[str, Any] = {"fill": False, "zorder": 5, "clip_on": False, "joinstyle": "miter"}
     for colour, line in (("black", 3.8), ("white", 2.8), ("#e6007e", 1.5)):
-        axes.add_patch(
-            Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=line, zorder=5)
-        )
+        axes.add_patch(Rectangle(corner, *size, edgecolor=colour, linewidth=line, **style))
 
 
-def _mark_match(axes: Axes, match: Match) -> None:
+def _mark_match(axes: Axes, values: QueryValues, match: Match) -> None:
     from matplotlib.patches import Circle
 
     assert match.place.box is not None
     x0, y0, x1, y1 = match.place.box
     centre = ((x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2)
-    radius = 1.1 * max(x1 - x0, y1 - y0)
+    # Around a small patch, inside a large one: about as large in every figure.
+    patch, width = max(x1 - x0, y1 - y0), values.layout.image_size[1]
+    radius = max(0.35 * patch, min(1.1 * patch, 0.03 * width))
+    style: dict[str, Any] = {"fill": False, "zorder": 4, "clip_on": False}
     for colour, line in (("black", 2.4), ("white", 1.1)):
-        axes.add_patch(Circle(centre, radius, fill=False, edgecolor=colour, linewidth=line))
+        axes.add_patch(Circle(centre, radius, edgecolor=colour, linewidth=line, **style))
 
 
 def _panel_title(axes: Axes, text: str, *, strong: bool = False) -> None:
