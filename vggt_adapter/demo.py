@@ -126,6 +126,11 @@ examples:
       the published model (5 GB, fetched once); the token counts over all frames
   vistvis demo *.jpg --model ./VGGT-1B --types global --norm percentile --device cuda
       weights from a local folder or file; only global attention; a scale that ignores sinks
+
+the bundled model:
+  Head 0 of its last global block was trained to point at the same place in the other views (a
+  matching loss on its attention); all its other heads are free. What it was trained on and how
+  well it does: MODEL_CARD.md in the folder vggt_adapter/weights.
 """
 
 
