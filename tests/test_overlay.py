@@ -1,0 +1,194 @@
+"""Arrays to pictures: against Pillow, against formulas, and against what must not happen."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vistvis import overlay
+from vistvis.errors import InputError
+from vistvis.png import encode_png
+
+
+def random_map(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("grid", "size"), [((37, 37), (518, 518)), ((3, 5), (48, 70)), ((1, 4), (9, 9))]
+)
+def test_resizing_is_bilinear_with_half_pixel_centres(
+    grid: tuple[int, int], size: tuple[int, int]
+) -> None:
+    values = random_map(*grid)
+    expected = Image.fromarray(values, mode="F").resize(size[::-1], Image.Resampling.BILINEAR)
+    assert np.abs(overlay.resize(values, size) - np.asarray(expected)).max() < 1e-5
+
+
+def test_a_patch_keeps_its_value_at_its_centre() -> None:
+    values = random_map(4, 6)
+    large = overlay.resize(values, (4 * 15, 6 * 15))
+    assert np.allclose(large[7::15, 7::15], values, atol=1e-6)
+    # With corners aligned it would not: this test can fail.
+    wrong = torch.nn.functional.interpolate(
+        torch.from_numpy(values)[None, None], size=(60, 90), mode="bilinear", align_corners=True
+    )[0, 0].numpy()
+    assert np.abs(wrong[7::15, 7::15] - values).max() > 0.01
+
+
+def test_resizing_keeps_leading_dimensions_and_is_not_rounded_to_bytes() -> None:
+    values = random_map(2, 3, 4, 4) * 1e-4
+    large = overlay.resize(torch.from_numpy(values).to(torch.bfloat16), (16, 20))
+    assert large.shape == (2, 3, 16, 20)
+    assert large.dtype == np.float32
+    assert len(np.unique(large)) > 1000
+    assert large.max() <= 1.01e-4
+
+
+def test_resizing_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="rows, cols"):
+        overlay.resize(np.zeros(3), (4, 4))
+    with pytest.raises(InputError, match="positive"):
+        overlay.resize(np.zeros((2, 2)), (0, 4))
+
+
+def test_stretching_goes_from_zero_to_one_and_leaves_constant_maps_dark() -> None:
+    stretched = overlay.stretch(np.stack([random_map(3, 3) + 5, np.full((3, 3), 0.25, "f")]))
+    assert stretched[0].min() == 0
+    assert stretched[0].max() == pytest.approx(1, abs=1e-5)
+    assert (stretched[1] == 0).all()
+
+
+def test_one_scale_serves_all_values_given() -> None:
+    scale = overlay.normalizer(np.array([[0.1, 0.4], [np.nan, 0.2]]))
+    assert (scale.vmin, scale.vmax) == (0, pytest.approx(0.4))
+    assert overlay.normalizer(np.array([-2.0, 3.0])).vmin == -2
+    log = overlay.normalizer(np.array([0.0, 1e-12, 0.5]), norm="log")
+    assert log.vmin == pytest.approx(5e-7)
+    assert float(log(0.0)) == 0
+    spiked = np.append(np.linspace(0, 0.01, 999), 1.0)
+    assert overlay.normalizer(spiked, norm="percentile").vmax < 0.011
+    assert overlay.normalizer(np.zeros(4)).vmax == 1
+    assert overlay.normalizer(np.array([0.0] * 200 + [1.0]), norm="percentile").vmax == 1
+    for wrong in ("sqrt", ""):
+        with pytest.raises(InputError, match="norm is one of"):
+            overlay.normalizer(np.ones(2), norm=wrong)
+    with pytest.raises(InputError, match="positive"):
+        overlay.normalizer(np.zeros(2), norm="log")
+    with pytest.raises(InputError, match="finite"):
+        overlay.normalizer(np.array([np.nan]))
+
+
+@pytest.mark.parametrize("cmap", ["jet", "inferno", "tab10"])
+def test_colours_are_those_of_matplotlib(cmap: str) -> None:
+    import matplotlib
+
+    values = random_map(20, 20)
+    expected = matplotlib.colormaps[cmap](values)[..., :3] * 255
+    found = overlay.colourise(values, cmap=cmap)
+    if cmap != "tab10":  # a table of ten is looked up by tens, not by 256 steps
+        assert np.abs(found - expected).max() <= 0.51
+    assert found.dtype == np.uint8
+
+
+def test_colours_beyond_the_ends_and_of_nan() -> None:
+    found = overlay.colourise(np.array([-1.0, 0.0, 1.0, 7.0, np.nan, np.inf]))
+    table = overlay.table("jet")
+    assert [tuple(c) for c in found] == [tuple(table[i]) for i in (0, 0, 255, 255, 0, 255)]
+    with pytest.raises(InputError, match="no colour map 'yet'"):
+        overlay.colourise(np.zeros(2), cmap="yet")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 255), st.integers(0, 255), st.floats(0, 1))
+def test_blending_is_the_weighted_sum_rounded(under: int, over: int, alpha: float) -> None:
+    image = np.full((1, 1, 3), under, np.uint8)
+    heat = np.full((1, 1, 3), over, np.uint8)
+    expected = (1 - alpha) * under + alpha * over
+    assert np.abs(overlay.blend(image, heat, alpha=alpha) - expected).max() <= 0.51
+
+
+def test_blending_levels_is_blending_colours_also_of_turned_pictures() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (3, 8, 9), dtype=np.uint8).transpose(1, 2, 0)
+    entries = rng.integers(0, 256, (8, 9), dtype=np.uint8)
+    colours = overlay.table("jet")
+    fast = overlay.blend_levels(image, entries, colours, alpha=0.3)
+    assert (fast == overlay.blend(image, colours[entries], alpha=0.3)).all()
+    assert fast.shape == (8, 9, 3)
+    with pytest.raises(InputError, match="alpha"):
+        overlay.blend(image, image, alpha=1.5)
+
+
+def test_an_outline_lies_inside_its_box_and_leaves_the_picture_alone() -> None:
+    image = np.zeros((40, 60, 3), np.uint8)
+    marked = overlay.outline(image, (14, 0, 28, 14), colour=(1, 2, 3), width=3)
+    changed = (marked != 0).any(-1)
+    assert not image.any()
+    assert changed[0:14, 14:28].sum() == 14 * 14 - 8 * 8
+    assert changed.sum() == 14 * 14 - 8 * 8
+    assert not changed[3:11, 17:25].any()
+    tiny = overlay.outline(image, (0, 0, 3, 3), width=5)
+    assert not tiny[1, 1].any()
+    with pytest.raises(InputError, match="does not touch"):
+        overlay.outline(image, (70, 0, 80, 10))
+
+
+def test_pictures_of_every_kind_become_the_same_bytes() -> None:
+    rng = np.random.default_rng(1)
+    bytes_ = rng.integers(0, 256, (2, 3, 5, 4), dtype=np.uint8)
+    expected = bytes_.transpose(0, 2, 3, 1)
+    kinds = [
+        bytes_,
+        torch.from_numpy(bytes_),
+        bytes_.astype(np.float32),
+        bytes_ / 255,
+        torch.from_numpy(bytes_ / 255).half(),
+        bytes_.astype(np.int64),
+    ]
+    for images in kinds:
+        assert (overlay.to_rgb(images) == expected).all()
+    assert (
+        np.abs(overlay.to_rgb(torch.from_numpy(bytes_ / 255).bfloat16()) - 1.0 * expected).max()
+        <= 1
+    )
+    grey = overlay.to_rgb(bytes_[:, :1])
+    assert grey.shape == (2, 5, 4, 3)
+    assert (grey[..., 2] == bytes_[:, 0]).all()
+
+
+def test_resampling_may_overshoot() -> None:
+    image = np.array([-0.04, 0.5, 1.04], np.float32).reshape(1, 1, 3)
+    assert overlay.to_rgb(image).ravel()[::3].tolist() == [0, 128, 255]
+
+
+def test_pictures_that_are_none_are_refused() -> None:
+    with pytest.raises(InputError, match="normalised"):
+        overlay.to_rgb(np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32))
+    with pytest.raises(InputError, match="normalised"):
+        overlay.to_rgb(np.full((3, 2, 2), np.nan))
+    with pytest.raises(InputError, match="1 or 3 channels"):
+        overlay.to_rgb(np.zeros((4, 2, 2)))
+    with pytest.raises(InputError, match="uint8 or floating"):
+        overlay.to_rgb(np.zeros((3, 2, 2), bool))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**32 - 1))
+def test_png_gives_back_every_byte(height: int, width: int, seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    with Image.open(io.BytesIO(encode_png(image))) as picture:
+        assert picture.mode == "RGB"
+        assert (np.asarray(picture) == image).all()
+
+
+def test_png_of_other_arrays_is_refused() -> None:
+    for wrong in (np.zeros((2, 2)), np.zeros((2, 2, 4), np.uint8), np.zeros((0, 2, 3), np.uint8)):
+        with pytest.raises(InputError, match="uint8"):
+            encode_png(wrong)  # type: ignore[arg-type]
