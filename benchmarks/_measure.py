@@ -7,6 +7,7 @@ compared take turns, so that a slow minute slows them alike.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,9 +34,18 @@ def cpu_milliseconds(
 
 
 def in_fresh_process(script: str, *arguments: str) -> dict[str, Any]:
-    """Run `script arguments` by itself and read the JSON of its last line of output."""
+    """Run `script arguments` by itself and read the JSON of its last line of output.
+
+    Blocks of a megabyte and more are mapped, and so given back when they are freed. By default
+    glibc keeps freed blocks of up to 32 MB in the heap wherever something behind them is in use:
+    peaks of the same plain forward pass then differ by 100 MB from run to run.
+    """
     result = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, script, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
     )
     if result.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{result.stderr}")

@@ -7,6 +7,7 @@ with 2 + 2 blocks.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 
 import torch
@@ -15,8 +16,6 @@ from _measure import (
     in_fresh_process,
     megabytes,
     peak_bytes,
-    reset_peak,
-    resident_bytes,
     table,
     verdict,
 )
@@ -59,42 +58,47 @@ def overhead(label: str) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def memory(label: str) -> None:
-    """Peak of the forward above what was there before, without and with capture."""
+def memory(label: str, how: str) -> None:
+    """Peak of a process that runs two forward passes, and the bytes of Q and K it keeps."""
     model, images = make(label)
-    model(images)  # what the first forward allocates for good is not the capture's
-    found = {}
-    for name in ("plain", "captured"):
-        extractor = AttentionExtractor(model)
-        if name == "captured":
-            extractor.register_hooks()
-        reset_peak()
-        before = resident_bytes()
+    extractor = AttentionExtractor(model)
+    if how == "captured":
+        extractor.register_hooks()
+    for _ in range(2):
         model(images)
-        found[name] = peak_bytes() - before
-        if name == "captured":
-            found["kept"] = sum(a.nbytes for a in extractor.captured.values())
-    print(json.dumps(found))
+    kept = sum(a.nbytes for a in extractor.captured.values()) if how == "captured" else 0
+    print(json.dumps({"peak": peak_bytes(), "kept": kept}))
+
+
+def extra_memory(label: str) -> tuple[float, float]:
+    """Bytes of Q and K, and the extra peak over them; each process starts fresh, three times."""
+    plain, captured = (
+        statistics.median(
+            in_fresh_process(__file__, "memory", label, how)["peak"] for _ in range(3)
+        )
+        for how in ("plain", "captured")
+    )
+    kept = in_fresh_process(__file__, "memory", label, "captured")["kept"]
+    return kept, (captured - plain) / kept
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if len(sys.argv) == 3:
-        memory(sys.argv[2])
+    if len(sys.argv) == 4:
+        memory(*sys.argv[2:])
         sys.exit()
     rows = []
     for label in MODELS:
         plain, captured = overhead(label)
-        memories = in_fresh_process(__file__, "memory", label)
-        extra = memories["captured"] - memories["plain"]
-        ratio, share = captured / plain, extra / memories["kept"]
+        kept, share = extra_memory(label)
+        ratio = captured / plain
         rows.append(
             [
                 label,
                 f"{plain:,.0f} ms",
                 f"{ratio:.4f}",
                 verdict(ratio, 1.03),
-                megabytes(memories["kept"]),
+                megabytes(kept),
                 f"{share:.3f}",
                 verdict(share, 1.05),
             ]

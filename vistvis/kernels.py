@@ -9,7 +9,6 @@ whatever is done in between (bias, talking heads, gates) is in it.
 from __future__ import annotations
 
 import math
-import mmap
 import string
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from vistvis.attention import Attention
 from vistvis.errors import VistvisError
-
-# Below this the allocator's own blocks do as well, and a page's rounding would show.
-_OWN_PAGES_FROM = 2**20
 
 SDPA = F.scaled_dot_product_attention
 # Not torch.broadcast_shapes: its first call imports sympy, 36 MB and half a second.
@@ -264,38 +260,22 @@ def keep(
 ) -> Tensor:
     """A tensor that stays right after the model runs on, without holding more than it has to.
 
-    On the CPU large tensors are copied into pages of their own (see `_own_pages`). Elsewhere, and
-    where they are small, they are copied where they are a small part of a larger storage (which
-    they would keep alive), where they were made in inference mode (nothing tells of later writes),
-    or where dtype or device change; all else is shared, and `Attention` checks for later writes.
+    Copied where it is a small part of a larger storage (which it would keep alive), where it was
+    made in inference mode (nothing tells of later writes), or where dtype or device change. All
+    else is shared: `Attention` checks for later writes.
     """
     if tensor.dtype == torch.bool or not tensor.is_floating_point():
         dtype = None
     if tensor.dtype == torch.float64:
         dtype = None  # autocast leaves float64 alone
-    target = torch.device(device) if device else tensor.device
-    needed = tensor.numel() * (dtype or tensor.dtype).itemsize
-    if target.type == "cpu" and needed >= _OWN_PAGES_FROM and not share:
-        return _own_pages(tensor.detach(), dtype or tensor.dtype)
-    moved = tensor.detach().to(dtype=dtype or tensor.dtype, device=target)
+    moved = tensor.detach().to(dtype=dtype or tensor.dtype, device=device or tensor.device)
     if moved.data_ptr() != tensor.data_ptr():
         return moved
+    needed = moved.numel() * moved.element_size()
     stored = moved.untyped_storage().nbytes()
     if moved.is_inference() or (stored > 1.02 * needed + 1024 and not share):
         return moved.clone(memory_format=torch.contiguous_format)
     return moved
-
-
-def _own_pages(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in memory mapped for it alone.
-
-    What a forward pass frees returns to the system only from the end of the heap. Tensors that stay
-    on the heap between what is freed hold all of it: keeping 102 MB of queries and keys of a model
-    of VGGT-1B's shape that way was measured to cost 300 MB.
-    """
-    pages = mmap.mmap(-1, tensor.numel() * dtype.itemsize)
-    copy = torch.frombuffer(pages, dtype=dtype).view(tensor.shape)
-    return copy.copy_(tensor)
 
 
 @dataclass(frozen=True)
