@@ -25,6 +25,17 @@ DATA = Path(__file__).parent / "data"
 CASES: dict[str, Any] = json.loads((DATA / "aggregator.json").read_text())
 
 
+def published_1b_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all `aggregator.*` of facebook/VGGT-1B."""
+    # {name with * for the block: [how many blocks, shape]}
+    listed = json.loads((DATA / "vggt_1b_aggregator.json").read_text())
+    return {
+        name.replace("*", str(index)): tuple(shape)
+        for name, (count, shape) in listed.items()
+        for index in range(count)
+    }
+
+
 def fill(module: nn.Module) -> None:
     """Weights by formula: `0.08 · sin(0.37 · i + crc32(name) mod 1000)`, norms and gammas + 1."""
     for name, value in module.state_dict().items():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import CASES, DATA, differences, kernel_calls, model_of, pictures
+from golden import CASES, differences, kernel_calls, model_of, pictures, published_1b_shapes
 from torch import Tensor, nn
 
 from vggt_adapter import VGGT, VGGTConfig, ViTConfig
@@ -57,16 +57,9 @@ def test_golden_names_and_shapes(case: str) -> None:
 
 
 def test_the_1b_model_has_exactly_the_published_names_and_shapes() -> None:
-    # {name with * for the block: [how many blocks, shape]}
-    listed = json.loads((DATA / "vggt_1b_aggregator.json").read_text())
-    published = {
-        name.replace("*", str(index)): tuple(shape)
-        for name, (count, shape) in listed.items()
-        for index in range(count)
-    }
     with torch.device("meta"):
         model = VGGT()
-    assert {n: tuple(v.shape) for n, v in model.state_dict().items()} == published
+    assert {n: tuple(v.shape) for n, v in model.state_dict().items()} == published_1b_shapes()
     assert sum(p.numel() for p in model.parameters()) == 909_112_320
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from vggt_adapter.config import VGGTConfig, ViTConfig
@@ -89,7 +90,7 @@ def load_checkpoint(
     file = _find(source)
     with _open(file) as opened:
         sizes = config or opened.config or infer_config(opened.shapes, file=file)
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             model = VGGT(sizes)
         wanted = model.aggregator.state_dict()
         _check_names(wanted, opened, file)
@@ -258,6 +259,26 @@ def _no_hub(name: str, reason: str, error: Exception) -> CheckpointError:
         "already on a disk, give their path instead of the name: "
         "VGGT.from_pretrained('path/to/model.safetensors')"
     )
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skips the random filling of new modules.
+
+    On the meta device there is nothing to fill, and torch takes seconds to do it: its random
+    functions there are written in Python and import its compiler.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 # -- reading it ------------------------------------------------------------------------------------
@@ -449,26 +470,35 @@ def _read_all(
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
+    chosen = dtype or next((_floating(name, opened).dtype for name in wanted), torch.float32)
+    # All places first, then the values: places made between temporary tensors left the heap so
+    # full of holes that memory doubled in some runs. Untouched, they cost nothing.
+    weights = {
+        name: torch.empty(value.shape, dtype=chosen, device=device)
+        for name, value in wanted.items()
+    }
     for name in tqdm(wanted, desc="loading weights", unit="tensor", delay=2, leave=False):
-        stored = opened.read(name)
-        if not stored.is_floating_point():
+        # A copy always: what is read is a window onto the file, which others may change.
+        stored = _floating(name, opened)
+        value = weights[name].copy_(stored)
+        # Both ends carry NaN and infinity over, and need no memory.
+        if value.numel() and not all(bool(end.isfinite()) for end in value.aminmax()):
+            fault = f"do not fit {chosen}" if bool(stored.isfinite().all()) else "are damaged"
             raise CheckpointError(
-                f"{str(opened.file)!r} must hold floating numbers, {name} is {stored.dtype}; "
-                "use the weights before they were quantised"
-            )
-        dtype = dtype or stored.dtype  # the first one's, for all
-        # A copy always: what was read is a window onto the file, which others may change.
-        value = stored.to(device=device, dtype=dtype, copy=True)
-        total = value.sum(dtype=torch.float64 if value.is_cpu else torch.float32)
-        if not bool(total.isfinite()):
-            at_fault = f"do not fit {dtype}" if bool(stored.isfinite().all()) else "are damaged"
-            raise CheckpointError(
-                f"{name} in {str(opened.file)!r} has values that are not finite: they {at_fault}; "
+                f"{name} in {str(opened.file)!r} has values that are not finite: they {fault}; "
                 "fetch the file again, or use dtype=torch.float32"
             )
-        weights[name] = value
     return weights
+
+
+def _floating(name: str, opened: _Source) -> Tensor:
+    stored = opened.read(name)
+    if not stored.is_floating_point():
+        raise CheckpointError(
+            f"{str(opened.file)!r} must hold floating numbers, {name} is {stored.dtype}; "
+            "use the weights before they were quantised"
+        )
+    return stored
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
