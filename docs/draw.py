@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vggt_adapter.look import choose_token, load_model, load_pictures, look
+from vggt_adapter.look import choose_token, load_model, load_pictures, look, sharp_pictures
 
 FOLDER = Path(__file__).parent / "images"
 
@@ -14,7 +14,7 @@ def main() -> None:
     loaded = load_pictures(None, model)
     place, requested = choose_token(model, loaded)
     seen = look(model, loaded, place, requested=requested, block_idx=-1)
-    for kind, figure in seen.draw().items():
+    for kind, figure in seen.draw(pictures=sharp_pictures(loaded)).items():
         figure.save(FOLDER / f"demo_{kind}.jpg", dpi=110)
 
 

@@ -16,7 +16,7 @@ import visualize_attention
 from vggt_adapter import demo
 from vggt_adapter.config import ViTConfig
 from vggt_adapter.demo import demo_visualize_token_attention
-from vggt_adapter.look import blocks_progress, load_model, sample_views
+from vggt_adapter.look import blocks_progress, load_model, sample_views, sharp_pictures
 from vggt_adapter.model import VGGT
 from vggt_adapter.preprocess import load_images
 from vggt_adapter.values import get_attention_values
@@ -173,6 +173,29 @@ def test_out_of_range(photos: list[Path], model: VGGT) -> None:
         demo_visualize_token_attention(photos, 23, 12, model=model)
     with pytest.raises(IndexOutOfRange, match="head_idx 2"):
         look(photos, model, 12, head_idx=2)
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("shape", [(75, 100), (150, 100), (61, 97)])
+def test_small_pictures_are_shown_sharp(mode: str, shape: tuple[int, int], tmp_path: Path) -> None:
+    """With more pixels, but of the very same view: each block of pixels has the mean of one."""
+    y, x = np.mgrid[: shape[0], : shape[1]] / 100
+    picture = np.stack([x, y, np.sin(6 * (x + y)) ** 2], -1).clip(0, 1)
+    path = tmp_path / "smooth.png"
+    Image.fromarray((picture * 255).astype(np.uint8)).save(path)
+    loaded = load_images([path], size=SIZE, mode=mode)
+    sharp = sharp_pictures(loaded, mode=mode)
+    assert sharp is not None
+    _, _, height, width = loaded.images.shape
+    times = sharp.shape[2] // width
+    assert sharp.shape == (1, times * height, times * width, 3)
+    assert sharp.shape[2] >= 500
+    means = sharp[0].reshape(height, times, width, times, 3).mean((1, 3))
+    small = loaded.images[0].permute(1, 2, 0).numpy()
+    difference = np.abs(means - small)
+    assert np.median(difference) < 0.01
+    assert np.abs(np.roll(means, 1, 1) - small).mean() > 2 * difference.mean()
+    assert sharp_pictures(load_images([path], size=518, mode=mode), mode=mode) is None
 
 
 # -- the command ---------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from vggt_adapter.look import (
     load_model,
     load_pictures,
     look,
+    sharp_pictures,
 )
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
-    from vistvis.views.figures import NotebookFigure
 
     from vggt_adapter.look import Paths
     from vggt_adapter.preprocess import LoadedImages
     from vistvis import TokenPlace
+    from vistvis.views.figures import NotebookFigure
 
 
 def demo_visualize_token_attention(
@@ -106,7 +107,7 @@ def demo_visualize_token_attention(
         attention_types=attention_types,
         renormalize=renormalize,
     )
-    figures = seen.draw(norm=norm)
+    figures = seen.draw(norm=norm, pictures=sharp_pictures(loaded, mode=mode))
     if output_dir is not None:
         seen.write(figures, output_dir)
     return figures, seen.result
@@ -166,6 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--norm",
         choices=("linear", "log", "percentile"),
+        default="linear",
         help="colour scale (default: linear)",
     )
     parser.add_argument(
@@ -203,7 +205,8 @@ def run(arguments: argparse.Namespace) -> int:
         attention_types=arguments.types,
         renormalize=arguments.renormalize,
     )
-    written = seen.write(seen.draw(norm=arguments.norm or "linear"), arguments.out)
+    figures = seen.draw(norm=arguments.norm, pictures=sharp_pictures(loaded, mode=arguments.mode))
+    written = seen.write(figures, arguments.out)
     print("\n".join(report(seen, loaded, arguments.model, trained=getattr(model, "trained", True))))
     print(f"\nwritten to {Path(arguments.out).resolve()}:")
     for path in written:

@@ -19,6 +19,7 @@ from vistvis.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
@@ -40,6 +41,7 @@ _MIN_WIDTH = 7.4
 
 _LUMA = (0.299, 0.587, 0.114)
 _BACKDROP = 0.22
+_HAIRLINE = "#c9c9cf"
 _INK, _QUIET = "#1b1b1f", "#6a6a73"
 
 
@@ -116,73 +118,111 @@ def draw_values(
     norm: str = "linear",
     cmap: str = "inferno",
     block_idx: int | None = None,
+    pictures: FloatArray | None = None,
 ) -> NotebookFigure:
-    """The figure of values that are already computed; see `visualize_attention_on_image`."""
+    """The figure of values that are already computed; see `visualize_attention_on_image`.
+
+    `pictures` are what is shown in place of `values.images`: the same view of every frame, with
+    more pixels, `(S, k·H, k·W, 3)` in [0, 1].
+    """
     if norm not in NORMS:
         raise InputError(f"norm is one of {', '.join(map(repr, NORMS))}, got {norm!r}")
     from vistvis.overlay import normalizer
 
     # The scale comes from the maps, not from the resized ones: resizing softens the peaks.
     scale = normalizer(values.maps, norm=norm)
-    lines = _title_lines(values, block_idx)
-    if values.attention_type == "frame":
-        return _draw_frame(values, scale, norm, cmap, lines)
-    return _draw_global(values, scale, norm, cmap, lines)
+    shown = values.images if pictures is None else pictures
+    look = _Look(values, shown, scale, norm, cmap, _title_lines(values, block_idx))
+    return _draw_frame(look) if values.attention_type == "frame" else _draw_global(look)
 
 
 # -- the two figures -----------------------------------------------------------------------------
 
 
-def _draw_frame(
-    values: QueryValues, scale: Normalize, norm: str, cmap: str, lines: list[str]
-) -> NotebookFigure:
-    height, width = values.layout.image_size
-    plan = _Plan.of(columns=2, rows=1, aspect=height / width, heat_below=False)
-    figure = plan.figure(lines)
-    picture = plan.axes(figure, 0, 0)
-    heat = plan.axes(figure, 0, 1)
-    frame = values.query.frame
-    _show(picture, values.images[frame])
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """What is drawn, and how."""
+
+    values: QueryValues
+    pictures: FloatArray
+    scale: Normalize
+    norm: str
+    cmap: str
+    lines: list[str]
+
+    @property
+    def aspect(self) -> float:
+        height, width = self.values.layout.image_size
+        return height / width
+
+    def picture(self, axes: Axes, frame: int) -> None:
+        self._show(axes, self.pictures[frame] * 255)
+
+    def heatmap(self, axes: Axes, frame: int) -> None:
+        """Weights in colour; where they are dark the picture shines through, faint and grey."""
+        from vistvis.overlay import colourise, resize
+
+        picture = self.pictures[frame]
+        # One frame at a time: all of them at full size are not needed at once.
+        weights = resize(self.values.maps[self.values.frames.index(frame)], picture.shape[:2])
+        heat = colourise(weights, cmap=self.cmap, normalizer=self.scale).astype(np.float32)
+        grey = picture @ np.array(_LUMA, np.float32)
+        # "Screen": bright colours, which carry the message, stay as the colour bar has them.
+        self._show(axes, heat + (255 - heat) * (_BACKDROP * grey[..., None]))
+
+    def colours(self) -> ScalarMappable:
+        from matplotlib.cm import ScalarMappable
+
+        return ScalarMappable(norm=self.scale, cmap=self.cmap)
+
+    def _show(self, axes: Axes, levels: FloatArray) -> None:
+        height, width = self.values.layout.image_size
+        axes.imshow(
+            # As bytes: matplotlib keeps what it is given and turns floats into more floats.
+            np.rint(levels).astype(np.uint8),
+            interpolation="antialiased",
+            # Places count in the model's pixels, however many the picture shown has.
+            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        )
+
+
+def _draw_frame(look: _Look) -> NotebookFigure:
+    plan = _Plan.of(columns=2, rows=1, aspect=look.aspect, heat_below=False)
+    figure = plan.figure(look.lines)
+    picture, heat = plan.axes(figure, 0, 0), plan.axes(figure, 0, 1)
+    frame, (match,) = look.values.query.frame, look.values.matches
+    look.picture(picture, frame)
+    look.heatmap(heat, frame)
     _panel_title(picture, f"frame {frame}")
-    drawn = _heatmap(heat, values, 0, scale, cmap)
     _panel_title(heat, "attention within the frame")
-    _mark_match(picture, values, values.matches[0])
-    _mark_match(heat, values, values.matches[0])
-    _mark_query(picture, values)
-    _mark_query(heat, values)
-    _note(heat, values.matches[0], values)
-    plan.colour_bar(figure, drawn, norm)
+    for axes in (picture, heat):
+        _mark_match(axes, look.values, match)
+        _mark_query(axes, look.values)
+    _note(heat, match, look.values)
+    plan.colour_bar(figure, look.colours(), look.norm)
     return figure
 
 
-def _draw_global(
-    values: QueryValues, scale: Normalize, norm: str, cmap: str, lines: list[str]
-) -> NotebookFigure:
-    height, width = values.layout.image_size
-    frames = values.layout.frames
+def _draw_global(look: _Look) -> NotebookFigure:
+    frames = look.values.layout.frames
     columns = frames if frames <= 4 else math.ceil(math.sqrt(1.5 * frames))
-    plan = _Plan.of(
-        columns=columns,
-        rows=math.ceil(frames / columns),
-        aspect=height / width,
-        heat_below=True,
-    )
-    figure = plan.figure(lines)
-    drawn: Any = None
-    for frame, match in zip(values.frames, values.matches, strict=True):
+    rows = math.ceil(frames / columns)
+    plan = _Plan.of(columns=columns, rows=rows, aspect=look.aspect, heat_below=True)
+    figure = plan.figure(look.lines)
+    for frame, match in enumerate(look.values.matches):
         row, column = divmod(frame, columns)
         picture = plan.axes(figure, row, column)
         heat = plan.axes(figure, row, column, below=True)
-        _show(picture, values.images[frame])
-        drawn = _heatmap(heat, values, frame, scale, cmap)
-        mine = frame == values.query.frame
+        look.picture(picture, frame)
+        look.heatmap(heat, frame)
+        mine = frame == look.values.query.frame
         _panel_title(picture, f"frame {frame} · query" if mine else f"frame {frame}", strong=mine)
         for axes in (picture, heat):
-            _mark_match(axes, values, match)
+            _mark_match(axes, look.values, match)
             if mine:
-                _mark_query(axes, values)
-        _note(heat, match, values)
-    plan.colour_bar(figure, drawn, norm)
+                _mark_query(axes, look.values)
+        _note(heat, match, look.values)
+    plan.colour_bar(figure, look.colours(), look.norm)
     return figure
 
 
@@ -257,8 +297,8 @@ class _Plan:
         axes = figure.add_axes(self._box(x, y, width, height))
         axes.set_xticks([])
         axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        for spine in axes.spines.values():  # a hairline: padded pictures are white at their edge
+            spine.set(color=_HAIRLINE, linewidth=0.5)
         return axes
 
     def colour_bar(self, figure: Figure, drawn: Any, norm: str) -> None:
@@ -291,27 +331,6 @@ class _Plan:
             width / total_width,
             height / total_height,
         )
-
-
-def _heatmap(axes: Axes, values: QueryValues, at: int, scale: Normalize, cmap: str) -> Any:
-    """Weights in colour; where they are dark the picture shines through, faint and grey."""
-    from matplotlib.cm import ScalarMappable
-
-    from vistvis.overlay import colourise, resize
-
-    # One frame at a time: all of them at full size are not needed at once.
-    weights = resize(values.maps[at], values.layout.image_size)
-    heat = colourise(weights, cmap=cmap, normalizer=scale).astype(np.float32)
-    grey = values.images[values.frames[at]] @ np.array(_LUMA, np.float32)
-    # "Screen": bright colours, which carry the message, stay as the colour bar has them.
-    heat += (255 - heat) * (_BACKDROP * grey[..., None])
-    axes.imshow(np.rint(heat).astype(np.uint8), interpolation="antialiased")
-    return ScalarMappable(norm=scale, cmap=cmap)
-
-
-def _show(axes: Axes, picture: FloatArray) -> None:
-    # As bytes: matplotlib keeps what it is given and turns floats into more floats.
-    axes.imshow(np.rint(picture * 255).astype(np.uint8), interpolation="antialiased")
 
 
 # -- marks and words -----------------------------------------------------------------------------

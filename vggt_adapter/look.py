@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
-from vggt_adapter.inputs import ATTENTION_TYPES, PATCH_SIZE, Head
-from vistvis.errors import InputError
+from vggt_adapter.inputs import ATTENTION_TYPES, PATCH_SIZE, FloatArray, Head
+from vistvis.errors import InputError, VistvisWarning
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 TINY = "tiny"
 VGGT_SIZE = 518
+# Figures show pictures at least this wide.
+_SHARP = 500
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -39,10 +42,16 @@ class Look:
     values: dict[str, QueryValues]
     result: dict[str, Any]
 
-    def draw(self, *, norm: str = "linear") -> dict[str, NotebookFigure]:
+    def draw(
+        self, *, norm: str = "linear", pictures: FloatArray | None = None
+    ) -> dict[str, NotebookFigure]:
+        """The figures; `pictures` as in `sharp_pictures`."""
         from vggt_adapter.figures import draw_values
 
-        return {kind: draw_values(values, norm=norm) for kind, values in self.values.items()}
+        return {
+            kind: draw_values(values, norm=norm, pictures=pictures)
+            for kind, values in self.values.items()
+        }
 
     def write(
         self, figures: dict[str, NotebookFigure], folder: str | os.PathLike[str]
@@ -102,6 +111,32 @@ def load_pictures(
         size = getattr(getattr(model, "config", None), "img_size", VGGT_SIZE)
     patch = getattr(getattr(model, "config", None), "patch_size", PATCH_SIZE)
     return load_images(chosen, mode=mode, size=size, patch_size=patch)
+
+
+def sharp_pictures(loaded: LoadedImages, *, mode: str = "crop") -> FloatArray | None:
+    """The same views with more pixels, for figures of a model that takes small pictures.
+
+    Returns
+    -------
+    `(S, k·H, k·W, 3)` in [0, 1]; None where the model's own pictures are large enough.
+    """
+    from vggt_adapter.inputs import pictures
+    from vggt_adapter.preprocess import load_images
+
+    height, width = loaded.images.shape[-2:]
+    size = width if mode == "crop" else max(height, width)
+    times = -(-_SHARP // size)
+    if times < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VistvisWarning)  # given when they were loaded before
+        # Patches of k times the size make the same choices of rounding and cropping.
+        large = load_images(
+            loaded.paths, mode=mode, size=times * size, patch_size=times * PATCH_SIZE
+        )
+    if large.images.shape[-2:] != (times * height, times * width):
+        return None
+    return pictures(large.images)
 
 
 def sample_views() -> list[Path]:
