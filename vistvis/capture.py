@@ -30,6 +30,7 @@ from vistvis.kernels import (
     read_sdpa,
     sdpa_call,
     stack_heads,
+    unpack_groups,
     without_value,
 )
 from vistvis.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
@@ -277,6 +278,7 @@ class Capture(Mapping[str, Attention]):
         """How many forward passes of the model have ended."""
         self.failed_passes = 0
         """How many of them ended in an exception; what they captured is not kept."""
+        self._last_failed = False
         self._undo: list[Callable[[], None]] = []
         self._released = False
         try:
@@ -380,6 +382,7 @@ class Capture(Mapping[str, Attention]):
             out = original(*args, **kwargs)
         except BaseException:
             self.failed_passes += 1
+            self._last_failed = True
             raise
         else:
             self._drain(mine)
@@ -458,7 +461,8 @@ class Capture(Mapping[str, Attention]):
             now.results.pop(site.name, None)
             return
         try:
-            reading = self._one(site, readings, problems)
+            groups = getattr(site.module, "num_key_value_groups", None)
+            reading = unpack_groups(self._one(site, readings, problems), site.heads, groups)
             attention = reading.attention
             if attention is None:
                 raise CaptureError(reading.error)
@@ -518,6 +522,7 @@ class Capture(Mapping[str, Attention]):
 
     def _commit(self, done: _Pass, *, count: bool = True) -> None:
         with self._lock:
+            self._last_failed = False
             self.passes += count
             if self._accumulate:
                 for name, found in done.results.items():
@@ -661,10 +666,10 @@ class Capture(Mapping[str, Attention]):
         return list(found) if self._accumulate else found[-1]  # type: ignore[return-value]
 
     def _why_missing(self, name: str) -> str:
-        if not self.passes and self.failed_passes:
+        if self._last_failed:
             return (
-                f"has nothing: the forward pass failed ({self.failed_passes} of "
-                f"{self.failed_passes} ended in an exception)"
+                f"has nothing: the last forward pass failed ({self.failed_passes} of "
+                f"{self.passes + self.failed_passes} ended in an exception)"
             )
         if not self.passes and not self._fired[name]:
             return "has nothing: the model was not run while it was captured; run it"

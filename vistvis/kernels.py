@@ -86,6 +86,33 @@ def stack_heads(readings: Sequence[Reading]) -> Reading:
     return Reading(attention, readings[0].source, value, output)
 
 
+def unpack_groups(reading: Reading, heads: int | None, groups: Any) -> Reading:
+    """Undo the packing of grouped heads into the token dimension.
+
+    With one query token, transformers hands the kernel `(B, h / g, g, d)` for h heads in groups of
+    g: the same products, with heads where queries belong.
+    """
+    packed = reading.attention
+    if packed is None or packed.query is None or packed.key is None or heads is None:
+        return reading
+    batch, key_heads, count, _ = packed.shape
+    same = isinstance(groups, int) and groups > 1 and count == groups
+    if not same or key_heads * count != heads or packed.key.shape[1] != key_heads:
+        return reading
+
+    def spread(tensor: Tensor) -> Tensor:
+        return tensor.reshape(tensor.shape[0], heads, 1, tensor.shape[-1])
+
+    mask = packed.mask
+    if mask is not None and mask.shape[-2] == count:
+        mask = spread(mask.expand(mask.shape[0], key_heads, count, mask.shape[-1]))
+    attention = Attention(query=spread(packed.query), key=packed.key, scale=packed.scale, mask=mask)
+    value, output = reading.value, reading.output
+    if value is not None and output is not None:
+        value, output = value.repeat_interleave(count, 1), spread(output)
+    return replace(reading, attention=attention, value=value, output=output)
+
+
 @dataclass(frozen=True)
 class SdpaCall:
     """The arguments of one `scaled_dot_product_attention` call, named."""
