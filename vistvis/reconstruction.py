@@ -139,7 +139,6 @@ def run_overlay_for_reconstruction(
     chosen = source.chosen(layers)
     results: dict[tuple[Layer, Head], list[str]] = {}
     with _Writer(_bar(chosen, progress)) as writer:
-        _write_query_frames(source, asked, Path(output.query_frames_dir), writer)
         for layer in writer.steps:
             attention = source.attention(layer)
             heads = _heads(head, attention)
@@ -148,6 +147,7 @@ def run_overlay_for_reconstruction(
                 folder = Path(output.head_dir(layer, one), "overlays")
                 results[layer, one] = _draw(maps[one], asked, brush, folder, writer)
             writer.wait()
+        _write_query_frames(source, asked, Path(output.query_frames_dir), writer)
     return results
 
 

@@ -271,7 +271,9 @@ class Asked:
     ) -> Asked:
         frames = len(source.images)
         query_frame = index_of(query_frame_idx, frames, "query_frame_idx")
-        several = not isinstance(key_frame_idx, SupportsIndex)
+        several = getattr(key_frame_idx, "ndim", 0) > 0 or not isinstance(
+            key_frame_idx, SupportsIndex
+        )
         if isinstance(key_frame_idx, str):
             if key_frame_idx != "all":
                 raise InputError(
@@ -293,7 +295,12 @@ class Asked:
 
 
 def indices_of(values: Any, size: int, name: str) -> tuple[int, ...]:
-    listed = [values] if isinstance(values, SupportsIndex) else list(values)
+    # Arrays and tensors have `__index__` too, which fails for all but single numbers.
+    single = isinstance(values, SupportsIndex) and getattr(values, "ndim", 0) == 0
+    try:
+        listed = [values] if single else list(values)
+    except TypeError as error:
+        raise InputError(f"{name} is a whole number or a list of them, got {values!r}") from error
     numbers = tuple(dict.fromkeys(index_of(value, size, name) for value in listed))
     if not numbers:
         raise InputError(f"{name}: the list is empty")
