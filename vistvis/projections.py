@@ -129,4 +129,7 @@ class ProjectionTap:
             return tensor
         if tuple(tensor.shape) in {(batch, tokens, heads, width), (batch, tokens, heads * width)}:
             return tensor.reshape(batch, tokens, heads, width).transpose(1, 2)
-        raise CaptureError(f"its projection {tuple(tensor.shape)} can't be told apart into heads")
+        raise CaptureError(
+            f"its projection {tuple(tensor.shape)} is not shaped like the kernel's "
+            f"{(batch, heads, tokens, width)}: tokens were merged or cached in between"
+        )

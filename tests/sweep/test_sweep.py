@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from families import Outcome, SiteResult, check_model, prepare
-from sweep.timm_models import MODELS
 
 import vistvis
+from sweep.timm_models import MODELS
 
 timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.slow
@@ -52,10 +52,10 @@ def test_timm(module: str, name: str, settings: dict[str, Any], outcomes: list[O
 
 def huggingface() -> dict[str, Any]:
     try:
-        from test_families_huggingface import CASES as cases
+        import test_families_huggingface as huggingface_tests
     except pytest.skip.Exception:
         return {}
-    return dict(cases)
+    return dict(huggingface_tests.CASES)
 
 
 @pytest.mark.parametrize("case", huggingface())
@@ -83,9 +83,7 @@ def test_open_clip(outcomes: list[Outcome]) -> None:
     model = open_clip.create_model("ViT-B-32", pretrained=None)
     prepare(model)
     images, text = torch.randn(2, 3, 224, 224), torch.randint(1, 100, (2, 77))
-    outcome = check_model(
-        model, lambda: model(images, text), name="ViT-B-32", family="open_clip"
-    )
+    outcome = check_model(model, lambda: model(images, text), name="ViT-B-32", family="open_clip")
     outcomes.append(outcome)
     assert not outcome.failures()
 
