@@ -239,7 +239,7 @@ def test_a_trained_model_is_not_called_untrained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bundled, "trained", True)
-    assert command(*photos, "--types", "global", "--out", tmp_path) == 0
+    assert command(photos[0], "--types", "global", "--out", tmp_path) == 0
     out = capsys.readouterr().out
     assert "untrained" not in out
     assert "frame attention" not in out
@@ -306,11 +306,13 @@ def test_wrong_arguments_are_one_line(
 def test_a_moved_token_is_one_plain_line(
     bundled: VGGT, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(*photos, "--token", 10**6, "--out", tmp_path) == 0
+    photo = photos[0]
+    assert command(photo, "--token", 10**6, "--types", "frame", "--out", tmp_path) == 0
     err = capsys.readouterr().err
     assert err.startswith("vistvis demo: warning: token_idx 1000000 is outside")
     assert err.count("\n") == 1
-    assert command(*photos, "--token", 1, "--allow-special", "--out", tmp_path) == 0
+    special = ("--token", 1, "--allow-special", "--types", "frame")
+    assert command(photo, *special, "--out", tmp_path) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "token 1 (frame 0, token 1, register)" in printed.out
