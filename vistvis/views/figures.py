@@ -47,7 +47,10 @@ class NotebookFigure(Figure):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target, sync=False) as file:
-            self.savefig(file, format=target.suffix[1:].lower() or "png", dpi=dpi or self.dpi)
+            ending = target.suffix[1:].lower() or "png"
+            # Level 4 takes less than half the time of the default for 4 % more bytes.
+            settings = {"pil_kwargs": {"compress_level": 4}} if ending == "png" else {}
+            self.savefig(file, format=ending, dpi=dpi or self.dpi, **settings)
         return target
 
 
