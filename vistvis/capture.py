@@ -50,6 +50,7 @@ from vistvis.sites import (
 )
 from vistvis.tokens import TokenLayout
 from vistvis.verify import verify_reading
+from vistvis.windows import window_of, window_owner
 
 Describe = Callable[[SiteInfo, Attention], SiteInfo]
 LayoutOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], "TokenLayout | None"]
@@ -153,6 +154,7 @@ class _Run:
 class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.stack: list[_Run] = []
+        self.grids: dict[str, tuple[tuple[int, ...], Any]] = {}
         self.current: _Pass | None = None
         self.loose: _Pass | None = None
         self.depth = 0
@@ -181,6 +183,19 @@ class _RootListener:
             self.owner._pending.append(("pass", "", args, kwargs))
             return original(*args, **kwargs)
         return self.owner._run_root(original, args, kwargs)
+
+
+class _OwnerListener:
+    """On a block that cuts windows for a site: notes the grid that it cuts."""
+
+    def __init__(self, owner: Capture, site: Site) -> None:
+        self.owner, self.site = owner, site
+
+    def around(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling() and args and isinstance(args[0], torch.Tensor):
+            sizes = args[1] if len(args) > 1 else kwargs.get("input_dimensions")
+            self.owner._state.grids[self.site.name] = (tuple(args[0].shape), sizes)
+        return original(*args, **kwargs)
 
 
 class _EncoderListener:
@@ -279,6 +294,8 @@ class Capture(Mapping[str, Attention]):
         self.failed_passes = 0
         """How many of them ended in an exception; what they captured is not kept."""
         self._last_failed = False
+        self._owners: dict[str, nn.Module] = {}
+        self._inner: nn.Module = getattr(model, "_orig_mod", model)
         self._undo: list[Callable[[], None]] = []
         self._released = False
         try:
@@ -292,6 +309,10 @@ class Capture(Mapping[str, Attention]):
     def _attach(self) -> None:
         for site in self._chosen.values():
             self._listen(site.module, _SiteListener(self, site))
+            owner = window_owner(self._inner, site.name, site.module)
+            if owner is not None:
+                self._owners[site.name] = owner
+                self._listen(owner, _OwnerListener(self, site))
         modules = {site.module: site for site in self._chosen.values()}
         for layer in encoder_layers(self._model, list(modules)):
             self._listen(layer, _EncoderListener(self, modules[layer.self_attn]))
@@ -591,6 +612,10 @@ class Capture(Mapping[str, Attention]):
             rope=False if not self._rope else None,
             source=source,
         )
+        if site.name in self._owners and site.name in self._state.grids:
+            shape, sizes = self._state.grids[site.name]
+            window = window_of(self._owners[site.name], shape, sizes, attention)
+            info = replace(info, window=window, kind="window" if window else info.kind)
         if layout is not None:
             one = layout.frame_layout()
             batch, _, queries, keys = attention.shape

@@ -95,7 +95,7 @@ def unpack_groups(reading: Reading, heads: int | None, groups: Any) -> Reading:
     packed = reading.attention
     if packed is None or packed.query is None or packed.key is None or heads is None:
         return reading
-    batch, key_heads, count, _ = packed.shape
+    _, key_heads, count, _ = packed.shape
     same = isinstance(groups, int) and groups > 1 and count == groups
     if not same or key_heads * count != heads or packed.key.shape[1] != key_heads:
         return reading
