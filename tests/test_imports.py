@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verify": CORE | {"kernels"},
     "windows": CORE,
     "multihead": CORE | {"kernels"},
-    "capture": CORE | {"sites", "patching", "kernels", "multihead", "projections", "verify", "windows"},
+    "capture": CORE
+    | {"sites", "patching", "kernels", "multihead", "projections", "verify", "windows"},
     "analysis": CORE,
     "files": CORE,
     "paths": CORE | {"files"},
