@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from vggt_adapter.config import VGGTConfig, ViTConfig
+from vggt_adapter.config import DINOV2_SIZES, VGGTConfig, ViTConfig
 from vggt_adapter.model import VGGT
 from vistvis.errors import CheckpointError, InputError
 
@@ -31,7 +31,6 @@ METADATA_KEY = "vistvis.config"
 FILE_NAMES = ("model.safetensors", "model.pt")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # What the shapes of a patch embedding's blocks can't tell: every DINOv2 has heads this wide.
-VIT_HEAD_WIDTH = 64
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -68,8 +67,8 @@ def load_checkpoint(
     device
         Where the weights go; None: the CPU.
     config
-        Needed only where shapes do not tell the sizes: a patch embedding whose heads are not 64
-        wide, in a file that `save_checkpoint` did not write.
+        Needed only where shapes do not tell the sizes: a transformer of another width than
+        DINOv2's as patch embedding, in a file that `save_checkpoint` did not write.
 
     A `.pt` file is read without running any code in it, and checked against its own checksums,
     which reads it whole.
@@ -381,7 +380,7 @@ def _told_config(metadata: Mapping[str, str] | None, file: Path) -> VGGTConfig |
 def infer_config(shapes: Mapping[str, tuple[int, ...]], *, file: Path | None = None) -> VGGTConfig:
     """The sizes of an aggregator from the shapes of its tensors (names without "aggregator.").
 
-    Heads of the patch embedding are taken as 64 wide, as every DINOv2 has them.
+    Shapes do not tell the heads of the patch embedding: they are those of the DINOv2 of its width.
 
     Raises
     ------
@@ -418,14 +417,15 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, file: Path | None = N
         side = round((shape(r"patch_embed\.pos_embed", 3)[1] - 1) ** 0.5)
         hidden = shape(r"patch_embed\.blocks\.\d+\.mlp\.fc1\.weight", 2)[0]
         registers = shapes.get("patch_embed.register_tokens", (1, 0, width))
-        if width % VIT_HEAD_WIDTH:
+        heads = {wide: heads for wide, _, heads in DINOV2_SIZES.values()}
+        if width not in heads:
             raise CheckpointError(
                 f"the heads of the patch embedding in {where} cannot be told from shapes: it is "
-                f"{width} wide, no multiple of {VIT_HEAD_WIDTH}; give config="
+                f"{width} wide, and DINOv2 has {', '.join(map(str, heads))}; give config="
             )
         sizes["patch_embed"] = ViTConfig(
             depth=count(r"patch_embed\.blocks\.(\d+)\."),
-            num_heads=width // VIT_HEAD_WIDTH,
+            num_heads=heads[width],
             mlp_ratio=hidden / width,
             num_register_tokens=registers[1] if len(registers) == 3 else 0,
         )
