@@ -223,7 +223,7 @@ def look(
 
 @contextmanager
 def blocks_progress(model: nn.Module) -> Iterator[None]:
-    """A bar over the blocks while the model runs, where somebody is watching a terminal."""
+    """A bar over the blocks while the model runs, if that takes longer than two seconds."""
     from tqdm import tqdm
 
     from vggt_adapter.extractor import find_aggregator
@@ -234,7 +234,9 @@ def blocks_progress(model: nn.Module) -> Iterator[None]:
         *aggregator.frame_blocks,  # type: ignore[misc, unused-ignore]
         *aggregator.global_blocks,  # type: ignore[misc, unused-ignore]
     ]
-    with tqdm(total=len(blocks), desc="blocks", leave=False, disable=None) as bar:
+    with tqdm(
+        total=len(blocks), desc="running the model", unit="block", delay=2, leave=False
+    ) as bar:
         hooks = [block.register_forward_hook(lambda *_: bar.update() and None) for block in blocks]
         try:
             yield
