@@ -152,7 +152,7 @@ def test_query_frames_show_the_query(tmp_path: Path) -> None:
     plain = overlay.to_rgb(pictures()[0, 1])
     patch = opened(tmp_path / "o/query_frames" / f"query_image_{SPECIAL + 6}.png") != plain
     rows, cols = np.nonzero(patch.any(-1))
-    assert (rows.min(), rows.max(), cols.min(), cols.max()) == (8, 15, 16, 23)
+    assert (rows.min(), rows.max(), cols.min(), cols.max()) == (6, 17, 14, 25)
     whole = opened(tmp_path / "o/query_frames/query_image_1.png") != plain
     rows, cols = np.nonzero(whole.any(-1))
     assert (rows.min(), rows.max(), cols.min(), cols.max()) == (0, 23, 0, 31)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Norm: TypeAlias = Literal["linear", "log", "percentile"]
 NORMS = ("linear", "log", "percentile")
 
-GREEN = (0, 170, 60)
+GREEN = (0, 215, 70)
+WHITE = (255, 255, 255)
 # Weights below a millionth of the largest are one colour on a log scale: they differ in rounding.
 _LOG_DECADES = 6
 # Resampling overshoots, so that a picture in 0…1 may reach a little beyond; one in 0…255 whose

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 # How far a stored row may sum from 1: the rounding of its dtype, with room to spare.
 _SUM_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _SUM_TOLERANCE_FULL = 1e-3
+# Pixels of white around the query's outline.
+_RING = 2
 # Pictures being encoded at once; more would only wait for each other.
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -355,8 +357,15 @@ def _write_query_frames(source: Source, asked: Asked, folder: Path, writer: _Wri
         # Pictures may have another size than the grid says, where they were resized for the model.
         down, across = height / layout.image_size[0], width / layout.image_size[1]
         box = round(x0 * across), round(y0 * down), round(x1 * across), round(y1 * down)
-        outlined = functools.partial(overlay.outline, picture, box)
-        writer.put(folder / f"query_image_{query}.png", outlined)
+        writer.put(folder / f"query_image_{query}.png", functools.partial(_outlined, picture, box))
+
+
+def _outlined(picture: NDArray[np.uint8], box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    """The box in green, within white: one of the two stands out on any picture."""
+    x0, y0, x1, y1 = box
+    around = x0 - _RING, y0 - _RING, x1 + _RING, y1 + _RING
+    ringed = overlay.outline(picture, around, colour=overlay.WHITE, width=_RING)
+    return overlay.outline(ringed, box)
 
 
 def _make(folder: Path) -> None:
