@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vggt_adapter.look import choose_token, load_model, load_pictures, look, sharp_pictures
+from vggt_adapter.look import (
+    choose_token,
+    load_model,
+    load_pictures,
+    look,
+    sharp_pictures,
+    suggested,
+)
 
 FOLDER = Path(__file__).parent / "images"
 
@@ -13,7 +20,14 @@ def main() -> None:
     model = load_model("tiny", device="cpu")
     loaded = load_pictures(None, model)
     place, requested = choose_token(model, loaded)
-    seen = look(model, loaded, place, requested=requested, block_idx=-1)
+    seen = look(
+        model,
+        loaded,
+        place,
+        requested=requested,
+        block_idx=suggested(model, "block", -1),
+        head_idx=suggested(model, "head", 0),
+    )
     for kind, figure in seen.draw(pictures=sharp_pictures(loaded)).items():
         figure.save(FOLDER / f"demo_{kind}.jpg", dpi=110)
 

@@ -245,6 +245,25 @@ def test_a_trained_model_is_not_called_untrained(
     assert "frame attention" not in out
 
 
+def test_the_bundled_model_says_what_to_look_at(
+    bundled: VGGT,
+    photos: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bundled, "default", {"size": 56, "block": 0, "head": 1})
+    chosen = (photos[0], "--types", "frame", "--out", tmp_path)
+    assert command(*chosen) == 0
+    out = capsys.readouterr().out
+    assert "1 of 56×42 pixels" in out
+    assert "frame attention, block 0, head 1" in out
+    assert command(*chosen, "--size", SIZE, "--block", 1, "--head", 0) == 0
+    out = capsys.readouterr().out
+    assert f"1 of {SIZE}×56 pixels" in out
+    assert "frame attention, block 1, head 0" in out
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [

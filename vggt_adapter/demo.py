@@ -18,6 +18,7 @@ from vggt_adapter.look import (
     load_pictures,
     look,
     sharp_pictures,
+    suggested,
 )
 
 if TYPE_CHECKING:
@@ -146,8 +147,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=TINY,
         help="'tiny' (bundled, default), a name on the hub, a local folder or file",
     )
-    parser.add_argument("--block", type=int, help="pair of blocks, from 0; negative from the end")
-    parser.add_argument("--head", type=_head, help="a head, 'mean' or 'max' over all heads")
+    parser.add_argument(
+        "--block",
+        type=int,
+        help="pair of blocks, from 0; negative from the end (default: the last)",
+    )
+    parser.add_argument(
+        "--head", type=_head, help="a head, 'mean' or 'max' over all heads (default: 0)"
+    )
     query = parser.add_mutually_exclusive_group()
     query.add_argument(
         "--pixel",
@@ -200,8 +207,8 @@ def run(arguments: argparse.Namespace) -> int:
         loaded,
         place,
         requested=requested,
-        block_idx=-1 if arguments.block is None else arguments.block,
-        head_idx=0 if arguments.head is None else arguments.head,
+        block_idx=suggested(model, "block", -1) if arguments.block is None else arguments.block,
+        head_idx=suggested(model, "head", 0) if arguments.head is None else arguments.head,
         attention_types=arguments.types,
         renormalize=arguments.renormalize,
     )

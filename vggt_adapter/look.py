@@ -100,6 +100,11 @@ def load_model(
     return VGGT.from_pretrained(os.fspath(model), device=place, dtype=kind).eval()
 
 
+def suggested(model: nn.Module, name: str, otherwise: Any) -> Any:
+    """What a model's description suggests to look at ("size", "block", "head")."""
+    return getattr(model, "default", {}).get(name, otherwise)
+
+
 def load_pictures(
     paths: Paths | None, model: nn.Module, *, size: int | None = None, mode: str = "crop"
 ) -> LoadedImages:
@@ -108,7 +113,8 @@ def load_pictures(
 
     chosen = sample_views() if paths is None else list(paths)
     if size is None:
-        size = getattr(getattr(model, "config", None), "img_size", VGGT_SIZE)
+        usual = getattr(getattr(model, "config", None), "img_size", VGGT_SIZE)
+        size = int(suggested(model, "size", usual))
     patch = getattr(getattr(model, "config", None), "patch_size", PATCH_SIZE)
     return load_images(chosen, mode=mode, size=size, patch_size=patch)
 
