@@ -27,12 +27,12 @@ ROOT = Path(__file__).parents[1]
 CONV = VGGTConfig(embed_dim=32, depth=2, num_heads=2, patch_embed="conv")
 VIT = VGGTConfig(
     img_size=56,
-    embed_dim=128,
+    embed_dim=384,  # as wide as a DINOv2: its heads are then known without being told
     depth=1,
     num_heads=4,
     mlp_ratio=2.0,
     num_register_tokens=2,
-    patch_embed=ViTConfig(depth=2, num_heads=2, mlp_ratio=3.0, num_register_tokens=1),
+    patch_embed=ViTConfig(depth=2, num_heads=6, mlp_ratio=3.0, num_register_tokens=1),
 )
 
 
@@ -99,6 +99,16 @@ def test_the_1b_sizes_follow_from_its_shapes() -> None:
         name.removeprefix("aggregator."): shape for name, shape in published_1b_shapes().items()
     }
     assert infer_config(shapes) == VGGTConfig()
+
+
+@pytest.mark.parametrize("width", [32, 128, 512])
+def test_heads_that_shapes_cannot_tell_are_not_guessed(width: int) -> None:
+    config = VGGTConfig(
+        img_size=28, embed_dim=width, depth=1, num_heads=2, patch_embed=ViTConfig(1, 4)
+    )
+    shapes = {name: tuple(t.shape) for name, t in VGGT(config).aggregator.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"{width} wide, and DINOv2 has 384, 768, 1024"):
+        infer_config(shapes)
 
 
 def test_a_saved_header_tells_what_shapes_cannot(tmp_path: Path) -> None:
