@@ -20,14 +20,8 @@ def main() -> None:
     model = load_model("tiny", device="cpu")
     loaded = load_pictures(None, model)
     place, requested = choose_token(model, loaded)
-    seen = look(
-        model,
-        loaded,
-        place,
-        requested=requested,
-        block_idx=suggested(model, "block", -1),
-        head_idx=suggested(model, "head", 0),
-    )
+    block, head = suggested(model, "block", -1), suggested(model, "head", 0)
+    seen = look(model, loaded, place, requested=requested, block_idx=block, head_idx=head)
     for kind, figure in seen.draw(pictures=sharp_pictures(loaded)).items():
         figure.save(FOLDER / f"demo_{kind}.jpg", dpi=110)
 
