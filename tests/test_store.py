@@ -415,6 +415,33 @@ def test_writing_is_in_the_background_bounded_and_in_order(
     all_same(open_run(tmp_path / "run"), given)
 
 
+def test_an_interrupt_while_waiting_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    given = captured(3)
+    writer = RunWriter(tmp_path / "run", expected=given, queue_size=2)
+    for name, value in given.items():
+        writer.write(name, value)
+    until(lambda: writer._queue.full())
+    real = writer._queue.put
+
+    def interrupted(item: Any, **how: Any) -> None:
+        if not gate.open.is_set():
+            gate.open.set()
+            raise KeyboardInterrupt
+        real(item, **how)
+
+    monkeypatch.setattr(writer._queue, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    run = open_run(tmp_path / "run")
+    run.check()
+    assert "global_block_0" in run
+    assert not run.complete
+    save_run(given, tmp_path / "run")  # the lock is free
+
+
 def test_each_site_is_listed_as_soon_as_it_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,8 @@ class RunWriter:
         pictures = None if images is None else Encoded({"images": image_tensor(images)})
         self._place: Place = place_of(path, storage_options)
         self._given: set[str] = set()
-        self._error: BaseException | None = None
+        self._error: BaseException | None = None  # of the background
+        self._refused: Exception | None = None  # of this side, kept for `close`
         self._abandoned = False
         self._closed = False
         self._queue: queue.Queue[_Item | None] = queue.Queue(queue_size)
@@ -159,7 +160,7 @@ class RunWriter:
         try:
             self.write(name, attention)
         except Exception as error:
-            self._error = self._error or error
+            self._refused = self._refused or error
 
     @property
     def finished(self) -> tuple[str, ...]:
@@ -218,11 +219,16 @@ class RunWriter:
                 self._thread.join()
             except BaseException:  # Ctrl-C while waiting: no more than the site at hand
                 self._abandoned = True
-                self._thread.join()
+                while self._thread.is_alive():
+                    with contextlib.suppress(queue.Full):
+                        self._queue.put(None, timeout=0.1)
+                    self._thread.join(0.1)
                 raise
             if not orderly:
                 return
             self._raise()
+            if self._refused is not None:
+                raise self._refused
             self._ledger.finish()
 
     # -- the background ---------------------------------------------------------------------------
