@@ -36,6 +36,7 @@ _GAP = 0.12
 _GROUP_GAP = 0.2
 _BAR = 0.16
 _BAR_SPACE = 1.15
+_HIGHEST_BAR = 5.0
 _WIDEST, _HIGHEST = 4.4, 3.6
 _MIN_WIDTH = 7.4
 
@@ -309,8 +310,10 @@ class _Plan:
         span = self.body[1] - _PANEL_TITLE - _UNDER
         if self.heat_below and self.rows == 1:
             y, span = y + height + _GAP, height
+        span = min(span, _HIGHEST_BAR)
         axes = figure.add_axes(self._box(x, y, _BAR, span))
-        bar = figure.colorbar(drawn, cax=axes, extend="max" if norm == "percentile" else "neither")
+        extend = "max" if norm == "percentile" else "neither"
+        bar = figure.colorbar(drawn, cax=axes, extend=extend, extendfrac=_BAR / span)
         label = {"linear": "attention weight", "log": "attention weight, log scale"}
         bar.set_label(label.get(norm, "attention weight, to the 99th percentile"), fontsize=9)
         bar.outline.set_visible(False)
