@@ -212,7 +212,7 @@ def test_the_command(
     assert f"token {token} (frame 2, token 13, patch 8, grid row 1, col 3), in photo 2.png" in out
     assert "untrained" in out
     assert f"3 of {SIZE}×56 pixels: {ROWS}×{COLS} patches + 5 special tokens each" in out
-    assert "global attention, block 1, mean of heads" in out
+    assert "global attention, block 1, mean of 2 heads" in out
     for path in tmp_path.iterdir():
         assert f"  {path.name}\n" in out
     assert len(list(tmp_path.iterdir())) == 3

@@ -143,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images", nargs="*", metavar="PHOTO", help="photographs of one scene (default: samples)"
     )
     parser.add_argument(
-        "--model",
+        *("-m", "--model"),
         default=TINY,
         help="'tiny' (bundled, default), a name on the hub, a local folder or file",
     )
@@ -185,7 +185,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")
     parser.add_argument(
-        "--out", default="vistvis-demo", metavar="DIR", help="where files go (default: %(default)s)"
+        *("-o", "--out"),
+        default="vistvis-demo",
+        metavar="DIR",
+        help="where files go (default: %(default)s)",
     )
 
 
@@ -237,15 +240,19 @@ def report(seen: Look, loaded: LoadedImages, name: str, *, trained: bool) -> lis
         f"query     {first.query}, in {Path(loaded.paths[first.query.frame]).name}",
     ]
     for kind, values in seen.values.items():
-        head = f"head {values.head}" if isinstance(values.head, int) else f"{values.head} of heads"
+        head = (
+            f"head {values.head}"
+            if isinstance(values.head, int)
+            else f"{values.head} of {values.num_heads} heads"
+        )
         mass = f": {100 * values.patch_mass:.1f} % of the weight lies on patches"
         lines += ["", f"{kind} attention, block {seen.result['block_idx']}, {head}"]
         lines[-1] += mass if values.head != "max" else ""
-        lines.append("  frame  strongest match                       weight   whole frame")
+        lines.append("  frame  strongest match                       weight   frame's share")
         for match in values.matches:
             lines.append(
                 f"  {match.place.frame:>5}  {_where(match.place, loaded):<36}"
-                f"{match.weight:>8.3g}   {100 * match.share:>9.1f} %"
+                f"{match.weight:>8.3g}   {100 * match.share:>11.1f} %"
             )
     return lines
 
