@@ -148,7 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="'tiny' (bundled, default), a name on the hub, a local folder or file",
     )
     parser.add_argument(
-        "--block",
+        *("-b", "--block"),
         type=int,
         help="pair of blocks, from 0; negative from the end (default: the last)",
     )
