@@ -381,11 +381,12 @@ class Gate:
     """Holds the writing of site files until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.open, self.written = threading.Event(), list[str]()
+        self.open, self.reached, self.written = threading.Event(), threading.Event(), list[str]()
         real = LocalFolder.write
 
         def write(place: LocalFolder, name: str, pieces: Any) -> tuple[int, int]:
             if name.startswith("sites/"):
+                self.reached.set()
                 assert self.open.wait(20)
                 self.written.append(name)
             return real(place, name, pieces)
@@ -544,6 +545,7 @@ def test_tensors_that_are_written_into_meanwhile(
     if when == "before":
         writer.write("first", attention(seed=1))
     writer.write("a", given)
+    assert gate.reached.wait(20)
     given.query.mul_(2)
     gate.open.set()
     with pytest.raises(CaptureError, match="written into"):
@@ -852,3 +854,22 @@ def test_errors_while_a_model_runs_are_those_of_the_store(
         model(tokens)
     with pytest.raises(StoreError, match="No space left"):
         writer.close()
+
+
+@pytest.mark.gpu
+def test_queries_and_keys_of_a_device_are_copied_beside_the_model(tmp_path: Path) -> None:
+    given = {f"block_{number}": attention(seed=number).to("cuda") for number in range(12)}
+    with (
+        RunWriter(tmp_path / "run", expected=given) as writer,
+        torch.cuda.stream(torch.cuda.Stream()),
+    ):
+        for name, value in given.items():
+            # Not there yet when `write` returns: the copy has to wait for it.
+            torch.cuda._sleep(20_000_000)
+            assert value.query is not None
+            late = Attention(query=value.query * 2, key=value.key, site=value.site)
+            writer.write(name, late)
+    run = open_run(tmp_path / "run")
+    for name, value in given.items():
+        assert value.query is not None
+        assert run[name].query.equal(2 * value.query.cpu())  # type: ignore[union-attr]

@@ -335,7 +335,9 @@ def _on_host(item: _Site) -> Attention:
     if item.event is None:
         return attention.cpu()
     device = attention.device
-    stream = _streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = _streams[device]
     with torch.cuda.stream(stream):
         stream.wait_event(item.event)
         attention = attention.cpu()
