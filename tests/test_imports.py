@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "overlay": CORE,
     "views": CORE | {"analysis", "files", "overlay", "store", "paths", "views"},
     "png": CORE,
-    "sources": CORE | {"files", "paths", "overlay"},
+    "sources": CORE | {"files", "paths", "overlay", "sites"},
     "state": CORE,
     "decorators": CORE | {"state", "files", "paths", "store"},
     "reconstruction": CORE | {"files", "paths", "store", "overlay", "png", "sources", "views"},

@@ -107,7 +107,8 @@ def run_overlay_for_reconstruction(
     eps
         Added to that span, so that a constant map stays dark.
     layers
-        Only these: layer numbers; for a run, site names or patterns such as "global_*".
+        Only these: layer numbers; for a run, site names or patterns as in `capture`, such as
+        "global_*" or "**.global_blocks.**".
     progress
         Show a progress bar.
 

@@ -204,7 +204,7 @@ def choose_sites(sites: SiteList, chooser: Chooser) -> SiteList:
     patterns = [chooser] if isinstance(chooser, str) else list(chooser)
     wanted: set[str] = set()
     for pattern in patterns:
-        found = [site for site in sites if _matches(pattern, site.name)]
+        found = [site for site in sites if matches(pattern, site.name)]
         if not found:
             raise SiteError(_no_match(pattern, sites))
         _readable(SiteList(found), sites)
@@ -225,7 +225,8 @@ def _readable(found: SiteList, sites: SiteList) -> SiteList:
     return readable
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Whether a site's dotted name fits a pattern: `*` stays within one part, `**` crosses dots."""
     return _glob(pattern).fullmatch(name) is not None
 
 

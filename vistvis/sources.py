@@ -6,7 +6,6 @@ why they mean none.
 
 from __future__ import annotations
 
-import fnmatch
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from vistvis.attention import Attention
 from vistvis.errors import IndexOutOfRange, InputError, LayoutError, StoreError
 from vistvis.files import read, read_attention
 from vistvis.paths import AttentionPath, Layer, StaticMetadata
+from vistvis.sites import matches
 from vistvis.tokens import TokenLayout
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Source:
 
 def _matches(layer: Layer, wanted: Layer) -> bool:
     if isinstance(layer, str) and isinstance(wanted, str):
-        return fnmatch.fnmatchcase(layer, wanted)
+        return matches(wanted, layer)
     return layer == wanted
 
 
