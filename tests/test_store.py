@@ -306,7 +306,18 @@ def test_the_bytes_are_those_of_the_library(tmp_path: Path) -> None:
 
 
 def test_names_that_files_cannot_bear(tmp_path: Path) -> None:
-    names = ["Block", "block", "block:1", "block?1", "blöck", ".hidden", "x" * 300, "-", "…"]
+    names = [
+        "Block",
+        "block",
+        "block:1",
+        "block?1",
+        "blöck",
+        ".hidden",
+        "x" * 240,
+        "a\nb",
+        "-",
+        "…",
+    ]
     given = {name: attention(seed=i) for i, name in enumerate(names)}
     all_same(save_run(given, tmp_path / "run"), given)
     files = {path.name.casefold() for path in (tmp_path / "run/sites").iterdir()}

@@ -72,16 +72,16 @@ def edit(run: Path, change: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "/etc/x", "a/b", "a\\b", "a\0b", "C:x", "a\nb", "x" * 501, 7, None],
+    ["", ".", "..", "../x", "/etc/x", "a/b", "a\\b", "a\0b", "C:x", " ", "x" * 241, 7, None],
 )
 def test_names_of_sites_that_are_refused(tmp_path: Path, name: Any) -> None:
     given = captured(1)["block_0"]
-    with pytest.raises(InputError, match="can't name a site"):
+    with pytest.raises(InputError, match="the name of a site is"):
         save_run({name: given}, tmp_path / "run")
     with RunWriter(tmp_path / "run") as writer:
-        with pytest.raises(InputError, match="can't name a site"):
+        with pytest.raises(InputError, match="the name of a site is"):
             writer.write(name, given)
-        with pytest.raises(InputError, match="can't name a site"):
+        with pytest.raises(InputError, match="the name of a site is"):
             writer.expect([name])
     assert sorted(p.name for p in tmp_path.rglob("*")) == [".lock", "manifest.json", "run"]
 

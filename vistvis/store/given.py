@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vistvis.errors import InputError
+from vistvis.files import checked_name
 
 
 def image_tensor(images: Any) -> Tensor:
@@ -45,19 +45,7 @@ def image_tensor(images: Any) -> Tensor:
 def site_names(names: Iterable[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise InputError(f"names are a list, got the string {names!r}")
-    result = tuple(names)
-    for name in result:
-        bad = (
-            not isinstance(name, str)
-            or name in ("", ".", "..")
-            or re.search(r"[/\\\x00-\x1f\x7f]|^[A-Za-z]:", name)
-            or len(name) > 500
-        )
-        if bad:
-            raise InputError(
-                f"{name!r} can't name a site of a run: a name is text without separators "
-                "(/ and \\) and control characters, and not '.' or '..'"
-            )
+    result = tuple(checked_name(name, "the name of a site") for name in names)
     if len(set(result)) != len(result):
         raise InputError(f"names of sites are given twice: {few(result)}")
     return result
