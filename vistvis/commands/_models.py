@@ -102,7 +102,8 @@ class TimmModel:
         if weights and weights != "random":
             if not Path(weights).is_file():
                 raise InputError(f"no checkpoint {weights}")
-            known["checkpoint_path"] = weights
+            # As timm loads its own: position embeddings are resampled where the size differs.
+            known = {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
         if size is not None:
             known["img_size"] = size
         try:
@@ -118,6 +119,8 @@ class TimmModel:
         self.model.to(device=place, dtype=kind)
         data: Any = timm.data  # without types of its own
         config = data.resolve_model_data_config(self.model)
+        if size is not None:
+            config["input_size"] = (3, size, size)
         transform = data.create_transform(**config, is_training=False)
         tensors = []
         for file in images:
