@@ -710,6 +710,22 @@ def test_writing_over_a_run_replaces_it_whole(tmp_path: Path) -> None:
         old["global_block_1"]
 
 
+def test_a_run_that_is_replaced_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = captured(2), captured(2, seed=1)
+    save_run(first, tmp_path / "run")
+    real = LocalFolder.sizes
+
+    def sizes(place: LocalFolder) -> dict[str, int]:
+        monkeypatch.setattr(LocalFolder, "sizes", real)
+        save_run(second, tmp_path / "run")
+        return real(place)
+
+    monkeypatch.setattr(LocalFolder, "sizes", sizes)
+    all_same(open_run(tmp_path / "run"), second)
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_replacement_that_fails_changes_nothing_and_resumes(tmp_path: Path, count: int) -> None:
     first, second = captured(3), captured(3, seed=1)

@@ -53,17 +53,19 @@ def open_run(
     """
     place = place_of(path, storage_options)
     with reported(f"can't open the run in {place.root}"):
-        try:
-            text = place.read(NAME)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreError(f"no run in {place.root}: {place.where(NAME)} is not there") from error
-        manifest = Manifest.from_json(text, place.where(NAME))
-        sizes = place.sizes()
-        damaged = {}
-        for name, record in manifest.sites.items():
-            if problem := damage(place, record.file, sizes):
-                damaged[name] = problem
-        problem = damage(place, manifest.images, sizes) if manifest.images else None
+        text = _manifest_text(place)
+        while True:
+            manifest = Manifest.from_json(text, place.where(NAME))
+            sizes = place.sizes()
+            damaged = {}
+            for name, record in manifest.sites.items():
+                if found := damage(place, record.file, sizes):
+                    damaged[name] = found
+            problem = damage(place, manifest.images, sizes) if manifest.images else None
+            before, text = text, _manifest_text(place)
+            # A run that was replaced between two looks at it is no damage: look again.
+            if not (damaged or problem) or text == before:
+                break
     if strict and (damaged or problem):
         first = next(iter(damaged.values()), problem)
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
@@ -72,6 +74,13 @@ def open_run(
             "puts the rest right"
         )
     return Run(place, manifest, damaged, problem)
+
+
+def _manifest_text(place: Place) -> bytes:
+    try:
+        return place.read(NAME)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StoreError(f"no run in {place.root}: {place.where(NAME)} is not there") from error
 
 
 class Run(Mapping[str, Attention]):
