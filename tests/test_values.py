@@ -317,6 +317,11 @@ def test_pictures_that_do_not_fit(kind: str, plain: bool, shape: tuple[int, ...]
         get_attention_values(weights, torch.zeros(shape), 9)
 
 
+def test_a_captured_site_says_how_many_frames_it_saw() -> None:
+    with pytest.raises(InputError, match="'global_block_3' saw 3 frames, images has 4"):
+        get_attention_values(make("global"), torch.zeros(B, S + 1, 3, 42, 56), 9)
+
+
 def test_another_patch_size_and_start(images: Tensor) -> None:
     """Plain tensors of another model: patch size and special tokens come as arguments."""
     tokens = 1 + 6 * 8
