@@ -44,8 +44,9 @@ class RunWriter:
         Names of the sites that are to come, so that a run cut short can say what it lacks. Also
         `expect(names)` later.
     images
-        What the model saw: `(S, 3, H, W)` or `(B, S, 3, H, W)`, a tensor or array of any dtype,
-        kept as it is; or a list of equal pictures `(H, W, 3)`.
+        What the model saw: `(S, C, H, W)` for one sequence of frames, `(B, C, H, W)` for a batch
+        of single pictures, or `(B, S, C, H, W)`; a tensor or array of any dtype, kept as it is.
+        Or a list of equal pictures `(H, W, C)`. C is 1 or 3.
     layout
         The token layout of the whole sequence. By default the longest key layout of the sites.
     model, metadata
