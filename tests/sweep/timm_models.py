@@ -57,7 +57,7 @@ MODELS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("naflexvit_base_patch16_parfac_gap", SHORT),
         ("naflexvit_base_patch16_siglip", SHORT),
     ],
-    "nest": [("jx_nest_tiny", {})],
+    "nest": [("nest_tiny_jx", {})],
     "nextvit": [("nextvit_small", {})],
     "pit": [("pit_ti_224", {})],
     "pvt_v2": [("pvt_v2_b0", {})],
