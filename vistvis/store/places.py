@@ -205,6 +205,11 @@ class LocalFolder:
                 f"{self.folder} is being written by someone else (its {LOCK} is held); wait for "
                 "them, or write to another folder"
             ) from error
+        except NotImplementedError as error:
+            raise StoreError(
+                f"{self.folder} lies on a file system without locks; write to a local folder and "
+                "copy the run"
+            ) from error
         try:
             yield
         finally:
