@@ -308,9 +308,10 @@ def test_a_failed_pass_is_not_kept(model: VGGTLike, images: Tensor) -> None:
         model(images)
         with pytest.raises(RuntimeError):
             model(images[:, :2])
-    assert captured[GLOBAL].shape == (1, 4, 33, 33)
     assert captured.failed_passes == 1
     assert "1 failed" in captured.report()
+    with pytest.raises(CaptureError, match="the last forward pass failed"):
+        captured[GLOBAL]
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -536,6 +537,33 @@ def test_compiled_models(images: Tensor, backend: str, first: str, root: str) ->
         assert attention.site.query_layout == captured[name].site.query_layout
 
 
+@pytest.mark.parametrize("root", ["compiled", "original"])
+def test_compiled_under_autocast(images: Tensor, root: str) -> None:
+    """Read after the block has ended: the dtype is that of the kernel all the same."""
+    torch._dynamo.reset()
+    model = sharp_model(depth=1)
+    compiled = torch.compile(model, backend="eager")
+    capture = vistvis.capture(compiled if root == "compiled" else model, "**.frame_blocks.*.attn")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        compiled(images)
+    capture.remove()
+    assert capture[FRAME].query.dtype == torch.bfloat16
+    torch._dynamo.reset()
+
+
+def test_a_module_compiled_in_place(images: Tensor) -> None:
+    torch._dynamo.reset()
+    model = sharp_model(depth=1)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        plain = model(images)
+        with vistvis.capture(model) as captured:
+            watched = model(images)
+    torch._dynamo.reset()
+    assert torch.equal(plain[-1], watched[-1])
+    assert captured[FRAME].shape == (3, 4, 11, 11)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -595,6 +623,41 @@ def test_models_that_can_not_be_captured(model: VGGTLike) -> None:
         vistvis.capture(model, keep="gpu")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="source"):
         vistvis.capture(model, source="guess")  # type: ignore[arg-type]
+
+
+def memory_efficient_attention(*args: Tensor) -> Tensor:
+    """Stands for a kernel outside of torch's functions: nothing of it can be seen."""
+    with torch._C.DisableTorchFunction():
+        return torch.zeros_like(args[0])
+
+
+class Hidden(nn.Module):
+    """An attention module that calls such a kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return memory_efficient_attention(x, x, x)
+
+
+def test_a_kernel_that_shows_nothing_is_named() -> None:
+    model = Hidden()
+    assert "xformers only" in str(vistvis.find_sites(model))
+    with pytest.raises(CaptureError, match=r"'Hidden': .*it can call xformers, which can't be"):  # noqa: SIM117
+        with vistvis.capture(model):
+            model(X)
+
+
+def test_script_modules_inside_a_model_are_refused_by_name() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            attn = VGGTAttention(32, 4, None).eval()
+            self.attn = torch.jit.trace(attn, torch.randn(1, 4, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attn(x)
+
+    with pytest.raises(SiteError, match=r"'attn' .*TorchScript \(VGGTAttention\)"):
+        vistvis.capture(Outer())
 
 
 class Kernel(nn.Module):

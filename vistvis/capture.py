@@ -236,10 +236,12 @@ class _CompiledTap(torch.overrides.TorchFunctionMode):
         out = func(*args, **kwargs)
         if func is SDPA:
             call = sdpa_call(*args, **kwargs)
+            kind = call.query.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             if self.values:
-                self.pending.append(("kernel", self.name, call, out))
+                self.pending.append(("kernel", self.name, call, (out, dtype)))
             else:  # values and output would be kept alive for nothing
-                self.pending.append(("kernel", self.name, without_value(call), None))
+                self.pending.append(("kernel", self.name, without_value(call), (None, dtype)))
         return out
 
 
@@ -575,9 +577,9 @@ class Capture(Mapping[str, Attention]):
                         self._finish(site, [], [f"{site.type} can't be read in compiled code"])
                         continue
                     try:
-                        readings = [
-                            read_sdpa(call, out, site.heads, None, self._keeping, site.heads_at)
-                        ]
+                        output, dtype = out
+                        known = (site.heads, None, self._keeping, site.heads_at, dtype)
+                        readings = [read_sdpa(call, output, *known)]
                     except Exception as error:
                         readings = [Reading(None, "kernel", error=error_text(error))]
                     self._finish(site, readings, [])

@@ -225,6 +225,7 @@ class KernelTap(TorchFunctionMode):
                         sdpa_call(*args, **kwargs),
                         out,
                         *(self.heads, self.batch, self.keeping, self.heads_at),
+                        autocast_dtype(args[0] if args else kwargs["query"]),
                     )
                 )
             except Exception as error:  # the user's forward goes on; raised at access
@@ -239,8 +240,12 @@ def read_sdpa(
     batch: int | None,
     keeping: Keeping,
     heads_at: int | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Reading:
-    """Turn one kernel call into an `Attention` over the tensors that the kernel used."""
+    """Turn one kernel call into an `Attention` over the tensors that the kernel used.
+
+    `autocast` is the dtype that autocast gave to the kernel's inputs, or None.
+    """
     query, key = call.query, call.key
     for name, tensor in (("query", query), ("key", key)):
         if tensor.is_nested:
@@ -253,7 +258,7 @@ def read_sdpa(
             "not the softmax; call model.eval()"
         )
     mask = _known_mask(call.mask)
-    dtype = _autocast_dtype(query)
+    dtype = autocast
     scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
     if not call.grouped:
         lead = broadcast_shapes(query.shape[:-2], key.shape[:-2])
@@ -388,7 +393,7 @@ def _known_mask(mask: Any) -> Tensor | None:
     raise UnreadableError(f"its mask is a {type(mask).__name__}, whose meaning is not known")
 
 
-def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to the kernel's inputs here, or None."""
     kind = tensor.device.type
     try:

@@ -23,6 +23,7 @@ from vistvis.kernels import (
     Keeping,
     Reading,
     UnreadableError,
+    autocast_dtype,
     error_text,
     keep,
     read_sdpa,
@@ -103,7 +104,12 @@ class MultiheadReader:
     def _sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
         out = SDPA(*args, **kwargs)
         self._record(
-            lambda: read_sdpa(sdpa_call(*args, **kwargs), out, self._heads, None, self.keeping)
+            lambda: read_sdpa(
+                sdpa_call(*args, **kwargs),
+                out,
+                *(self._heads, None, self.keeping, None),
+                autocast_dtype(out),
+            )
         )
         return out
 
