@@ -96,8 +96,10 @@ def test_a_picture_of_another_size_than_its_grid_says() -> None:
     assert one.tokens == [25, 2 + 6 + 1]
 
 
-def test_many_patches_are_listed_in_short() -> None:
+def test_many_patches_are_listed_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
     one = picker()
+    # Without a window every change would be drawn at once.
+    monkeypatch.setattr(one.axes.figure.canvas, "draw_idle", lambda: None)
     for col in range(6):
         for row in range(3):
             click(one, col * 8 + 4, row * 8 + 4)
@@ -164,7 +166,6 @@ made = pick.PatchPicker.__init__
 def tell(self, figure, *rest, **more):
     made(self, figure, *rest, **more)
     def report():
-        figure.canvas.draw()
         if "tk" in sys.argv[1].lower():
             widget = figure.canvas.get_tk_widget()
             left, top = widget.winfo_rootx(), widget.winfo_rooty()
@@ -180,9 +181,10 @@ def tell(self, figure, *rest, **more):
             points[name] = (left + round(x), top + height - round(y))
         points["chosen"] = self.tokens
         print(json.dumps(points), flush=True)
-    self.timer = figure.canvas.new_timer(interval=400)
+    self.timer = figure.canvas.new_timer(interval=200)
     self.timer.add_callback(report)
-    self.timer.start()
+    # Only a window that was drawn has its final place.
+    figure.canvas.mpl_connect("draw_event", lambda event: self.timer.start())
 
 pick.PatchPicker.__init__ = tell
 print("RESULT", json.dumps(pick.pick_patches(image, layout, title="frame 0")), flush=True)
@@ -277,7 +279,7 @@ def test_clicking_in_a_real_window(display: str, backend: str, module: str) -> N
             errors = process.communicate()[1]
             if "platform plugin" in errors or "No module named" in errors:
                 pytest.skip(f"{module} lacks libraries of the system")
-            pytest.fail(errors[-2000:])
+            pytest.fail(f"ended with {process.returncode}: {errors[-2000:]}")
         tokens = {"a": 1 + 1, "b": 1 + 4 * 11 + 5, "c": 1 + 7 * 11 + 10}
         chosen: list[int] = []
         for name in ("a", "b", "c", "a"):

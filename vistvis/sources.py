@@ -175,8 +175,8 @@ class RunSource(Source):
         batch, _, queries, keys = attention.shape
         if site is not None and (site.kind == "window" or site.window is not None):
             raise InputError(
-                f"{layer} attends within windows: a row covers a part of the picture only; leave "
-                "it out with layers="
+                f"{layer} attends within windows: a row covers a part of the picture only; put one "
+                "together with vistvis.windows.stitch, or leave it out with layers="
             )
         one = self.layout.frame_layout()
         known = site if self._own_layouts and not self._cross else None
