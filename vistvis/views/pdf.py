@@ -15,9 +15,9 @@ from vistvis.files import atomic_file
 from vistvis.paths import Head, Layer, OverlayOutputPath
 from vistvis.views.pdffile import QUIET, PdfPage, text_width
 
-# Points of 1/72 inch. A cell is so large that its picture is seen on a printed page, and labels
-# grow with it, so that they are read at the same zoom as the pictures.
-_CELL = 116.0
+# Points of 1/72 inch. The longer side of a picture: large tables have the smallest, which is still
+# seen at the zoom at which labels are read; with few pictures each may take more room.
+_SMALLEST_CELL, _LARGEST_CELL, _TABLE_SIDE = 116.0, 300.0, 1600.0
 _GAP = 5.0
 _MARGIN = 24.0
 _LABEL = 20.0
@@ -143,15 +143,16 @@ class _Plan:
 
     @classmethod
     def of(cls, table: _Table, aspect: float, thumbnail: bool) -> _Plan:
-        cell = (_CELL, _CELL * aspect) if aspect <= 1 else (_CELL / aspect, _CELL)
         rows, columns = len(table.layers), len(table.heads)
+        side = min(_LARGEST_CELL, max(_SMALLEST_CELL, _TABLE_SIDE / max(rows, columns)))
+        cell = (side, side * aspect) if aspect <= 1 else (side / aspect, side)
         both_sides, both_ends = (count > _TABLE_WITH_TWO_SIDES for count in (columns, rows))
         labels = max(text_width(_row_label(layer), _LABEL) for layer in table.layers) + _LABEL / 2
         # Heads' labels stand side by side, so narrow cells are widened rather than labels cut.
         widest = max(text_width(_column_label(head), _LABEL) for head in table.heads) + 4
         cell = (max(cell[0], widest), cell[1])
         left = _MARGIN + labels
-        small = 1.6 * cell[1] if thumbnail else 0.0
+        small = 1.6 * _SMALLEST_CELL * min(1.0, aspect) if thumbnail else 0.0
         top = _MARGIN + max(small, 2.6 * _TITLE) + 2.2 * _LABEL
         width = left + columns * (cell[0] + _GAP) + (labels if both_sides else 0) + _MARGIN
         height = top + rows * (cell[1] + _GAP) + (1.6 * _LABEL if both_ends else 0) + _MARGIN
