@@ -360,6 +360,8 @@ def _mark_query(axes: Axes, values: QueryValues) -> None:
 def _mark_match(axes: Axes, values: QueryValues, match: Match) -> None:
     from matplotlib.patches import Circle
 
+    if match.place == values.query:
+        return  # its square says it all
     assert match.place.box is not None
     x0, y0, x1, y1 = match.place.box
     centre = ((x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2)
