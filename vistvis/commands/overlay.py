@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
     add("source", help="a run's folder or URL, or a folder that holds attn/ and input/")
-    add("-o", "--output", "--out", required=True, metavar="FOLDER", help="where overlays are written")
+    add("-o", "--output", "--out", required=True, metavar="FOLDER", help="for overlays")
     add(
         "-q",
         "--query",
