@@ -51,11 +51,8 @@ def tools() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[], Any]
 
     def ours() -> tuple[Callable[[], Any], Callable[[], Any]]:
         model = timm_model(fused=True)
-        captured = vistvis.capture(model)
-        captured.remove()
 
         def run() -> Any:
-            nonlocal captured
             with vistvis.capture(model, "blocks.*.attn") as captured:
                 model(images)
             return captured
@@ -107,7 +104,9 @@ def overhead(name: str) -> tuple[float, float]:
 def memory(name: str, how: str) -> None:
     """Peak of a process that runs two forwards."""
     plain, watched = tools()[name]()
+    result = None
     for _ in range(2):
+        del result  # one run's worth is what a run needs
         result = plain() if how == "plain" else watched()
     kept = result.nbytes if isinstance(result, vistvis.Capture) else 0
     print(json.dumps({"peak": peak_bytes(), "kept": kept}))

@@ -367,6 +367,47 @@ def test_a_later_write_does_not_matter_in_inference_mode() -> None:
     assert captured["Plain"].key.abs().sum() > 0
 
 
+BLOCKS = "blocks.*"
+
+
+class Masked(nn.Module):
+    """Three sites, one mask; the second writes into it where it is told to."""
+
+    def __init__(self, *, write: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Kernel(lambda x: x) for _ in range(3))
+        self.write = write
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            block.call = lambda x: F.scaled_dot_product_attention(x, x, x, mask.expand(2, 1, 6, 6))
+            x = block(x)
+            if index == 0 and self.write:
+                mask.fill_(0)
+        return x
+
+
+def test_one_copy_of_a_mask_serves_every_site() -> None:
+    with torch.inference_mode(), vistvis.capture(Masked(), BLOCKS) as captured:
+        captured._model(X.clone(), HIDDEN.expand(1, 1, 6, 6).float().log())
+    masks = {a.mask.untyped_storage().data_ptr(): a.mask for a in captured.values()}
+    assert len(masks) == 1
+    assert next(iter(masks.values())).untyped_storage().nbytes() == 36 * 4
+
+
+def test_a_mask_that_is_written_into() -> None:
+    mask = HIDDEN.expand(1, 1, 6, 6).float().log()
+    with torch.inference_mode(), vistvis.capture(Masked(write=True), BLOCKS) as captured:
+        captured._model(X.clone(), mask.clone())
+    first, second, _ = captured.values()
+    assert first.dense().triu(1).abs().max() == 0
+    assert second.dense().triu(1).abs().max() > 0
+    with torch.no_grad(), vistvis.capture(Masked(write=True), BLOCKS) as captured:
+        captured._model(X.clone(), mask.clone())
+    with pytest.raises(CaptureError, match="written into"):
+        captured["blocks.0"].rows(0)
+
+
 def test_keep_and_sink(model: VGGTLike, images: Tensor) -> None:
     seen: dict[str, Attention] = {}
     with torch.no_grad(), vistvis.capture(model, keep="cpu", sink=seen.__setitem__) as captured:

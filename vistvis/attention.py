@@ -85,7 +85,7 @@ class Attention:
         self.mask = None if mask is None else checked_mask(mask, shape, query.device)
         self.causal = bool(causal)
         self.weights: Tensor | None = None
-        self._setup(shape, site, query, key)
+        self._setup(shape, site, query, key, *(() if self.mask is None else (self.mask,)))
 
     @classmethod
     def from_weights(cls, weights: Tensor, *, site: SiteInfo | None = None) -> Attention:
@@ -538,9 +538,9 @@ class Attention:
         for tensor, version in self._held:
             if tensor._version != version:
                 raise CaptureError(
-                    f"the queries or keys of {self._name()} were written into after they were "
-                    "taken, so its weights would be wrong; clone them first, or capture with "
-                    'keep="cpu"'
+                    f"the queries, keys or mask of {self._name()} were written into after they "
+                    "were taken, so its weights would be wrong; clone them first, or capture "
+                    'with keep="cpu"'
                 )
 
 

@@ -415,6 +415,8 @@ class Capture(Mapping[str, Attention]):
         finally:
             state.depth -= not entry
             state.current = outer
+            if outer is None:
+                self._keeping.masks.clear()
 
     def _run_site(
         self, site: Site, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -12,7 +12,7 @@ import math
 import string
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -161,6 +161,29 @@ class Keeping:
 
     device: str | None = None
     values: bool = False
+    masks: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def mask(self, mask: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """A mask, kept: one copy serves every site that uses the same one in a pass.
+
+        Masks are as large as a dense matrix, and a copy for each site would be what is avoided.
+        """
+        # A broadcast dimension is kept as one.
+        thin = [
+            slice(0, 1) if step == 0 and size > 1 else slice(None)
+            for step, size in zip(mask.stride(), mask.shape, strict=True)
+        ]
+        compact = mask[tuple(thin)] if thin else mask
+        mark = (compact.data_ptr(), compact.shape, compact.stride(), compact.dtype, dtype)
+        known = self.masks.get(mark)
+        # The original is held on to, so its address is its own; compared, because it may have been
+        # written into since.
+        if known is None or not torch.equal(known[1], compact.to(known[1])):
+            made = keep(compact, dtype, self.device, share=True)
+            if made.data_ptr() == compact.data_ptr():
+                return made.expand(mask.shape)
+            known = self.masks[mark] = (compact, made)
+        return known[1].expand(mask.shape)
 
 
 # -- the function mode ----------------------------------------------------------------------------
@@ -275,7 +298,7 @@ def read_sdpa(
         query=keep(fold(query), dtype, keeping.device),
         key=keep(fold(key), dtype, keeping.device),
         scale=float(scale),
-        mask=None if mask is None else keep(mask, dtype, keeping.device, share=True),
+        mask=None if mask is None else keeping.mask(mask, dtype),
         causal=call.causal,
     )
     value = output = None

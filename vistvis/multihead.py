@@ -191,7 +191,7 @@ class MultiheadReader:
         attention = Attention(
             query=keep(query, None, device),
             key=keep(key, None, device),
-            mask=None if keys is None else keep(keys, None, device, share=True),
+            mask=None if keys is None else self.keeping.mask(keys, None),
         )
         if self.keeping.values:
             raise UnreadableError(
