@@ -193,7 +193,7 @@ def _write(table: _Table, output: OverlayOutputPath, dpi: int) -> Path:
                         if picture is None:
                             page.gap(x, y, *plan.cell, "missing")
                         else:
-                            page.jpeg(*picture, _centred((x, y, *plan.cell), picture[1]))
+                            page.jpeg(picture[0], _centred((x, y, *plan.cell), picture[1]))
             page.close()
     except OSError as error:
         if isinstance(error, StoreError):
@@ -210,7 +210,7 @@ def _head(
         box = (x, _MARGIN, plan.thumbnail / aspect, plan.thumbnail)
         picture = _jpeg(query_file, box[2:], dpi)
         if picture is not None:
-            page.jpeg(*picture, _centred(box, picture[1]))
+            page.jpeg(picture[0], _centred(box, picture[1]))
         x += box[2] + _LABEL
     page.text(table.title, x, _MARGIN + _TITLE, size=_TITLE, bold=True)
     page.text(table.subtitle, x, _MARGIN + 2.1 * _TITLE, size=0.6 * _TITLE, colour=QUIET)
