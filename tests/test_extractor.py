@@ -6,6 +6,8 @@ projections would change nothing.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from vggt_adapter.extractor import AttentionExtractor, extract_both_attentions
 from vggt_adapter.model import VGGT
-from vistvis import Attention, TokenLayout
+from vistvis import Attention, RunWriter, TokenLayout, open_run
 from vistvis.errors import CaptureError, DenseLimitError, InputError, SiteError
 
 SPECIAL = ("camera", "register", "register", "register", "register")
@@ -408,6 +410,20 @@ def test_a_call_of_the_aggregator_alone_is_a_pass_too(model: VGGT, images: Tenso
     assert len(extractor.captured) == 4
     assert "global_block_1" in extractor.report() or "global_blocks.1" in extractor.report()
     extractor.clear_hooks()
+
+
+def test_a_run_is_written_while_the_model_runs(model: VGGT, images: Tensor, tmp_path: Path) -> None:
+    kept, _ = run(model, images)
+    with RunWriter(tmp_path / "run") as writer, AttentionExtractor(model) as extractor:
+        extractor.register_hooks(sink=writer)
+        output(model, images)
+        with pytest.raises(CaptureError, match="handed to the sink"):
+            extractor.captured["frame_block_0"]
+    stored = open_run(tmp_path / "run")
+    assert list(stored) == list(kept.captured)
+    for name, attention in kept.captured.items():
+        assert torch.equal(stored[name].dense(), attention.dense())
+        assert stored[name].site == attention.site
 
 
 def test_keep_cpu(model: VGGT, images: Tensor) -> None:

@@ -8,7 +8,7 @@ earlier `visualize_attention.py`, with lazy weights in them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, SupportsIndex, TypeAlias
@@ -67,6 +67,7 @@ class AttentionExtractor:
         accumulate: bool = False,
         keep: Literal["cpu"] | None = None,
         dense: bool = False,
+        sink: Callable[[str, Attention], None] | None = None,
     ) -> AttentionExtractor:
         """Watch blocks from the next forward pass on; earlier hooks of this extractor go first.
 
@@ -86,6 +87,9 @@ class AttentionExtractor:
         dense
             `get_attention_maps` gives plain tensors, under the limit of `Attention.dense`, in place
             of lazy ones.
+        sink
+            Called with `(block name, attention)` as soon as a block has run, in place of keeping
+            it: a `vistvis.RunWriter` stores blocks while the model runs on.
 
         Returns
         -------
@@ -99,7 +103,7 @@ class AttentionExtractor:
         Cost: about 1 % of a forward pass; memory of Q and K, `2 · B·S·P·C` numbers a block.
         """
         kinds = _checked_types(attention_types)
-        names = _site_names(self.aggregator, _checked_blocks(self.aggregator, block_indices), kinds)
+        names = site_names(self.aggregator, checked_blocks(self.aggregator, block_indices), kinds)
         self.clear_hooks()
         self._captured = _Captured(
             capture(
@@ -108,6 +112,7 @@ class AttentionExtractor:
                 rope=rope,
                 accumulate=accumulate,
                 keep=keep,
+                sink=None if sink is None else lambda site, found: sink(names[site], found),
                 layout=token_layout,
                 # Blocks go by the names users know, also once they are stored or drawn.
                 describe=lambda info, _: replace(info, name=names[info.name]),
@@ -223,7 +228,7 @@ def extract_both_attentions(
             "load_and_preprocess_images makes them"
         )
     with AttentionExtractor(model) as extractor:
-        (block,) = _checked_blocks(extractor.aggregator, block_idx)
+        (block,) = checked_blocks(extractor.aggregator, block_idx)
         extractor.register_hooks(block, rope=rope, keep=keep, dense=dense)
         with torch.no_grad():
             model(images)
@@ -329,7 +334,7 @@ def _checked_types(attention_types: str | Sequence[str]) -> list[str]:
     return [kind for kind in ATTENTION_TYPES if kind in asked]
 
 
-def _checked_blocks(aggregator: nn.Module, indices: int | Iterable[int] | None) -> list[int]:
+def checked_blocks(aggregator: nn.Module, indices: int | Iterable[int] | None) -> list[int]:
     count = min(len(_blocks(aggregator, kind)) for kind in ATTENTION_TYPES)
     if indices is None:
         return list(range(count))
@@ -343,7 +348,7 @@ def _checked_blocks(aggregator: nn.Module, indices: int | Iterable[int] | None) 
     return sorted({number % count for number in numbers})
 
 
-def _site_names(aggregator: nn.Module, blocks: list[int], kinds: list[str]) -> dict[str, str]:
+def site_names(aggregator: nn.Module, blocks: list[int], kinds: list[str]) -> dict[str, str]:
     """Dotted site name → block name, in the order in which the model runs them."""
     sites = find_sites(aggregator).names
     names = {}

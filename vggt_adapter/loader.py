@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vggt_adapter.extractor import _checked_blocks, _site_names, find_aggregator, token_layout
+from vggt_adapter.extractor import checked_blocks, find_aggregator, site_names, token_layout
 from vggt_adapter.inputs import ATTENTION_TYPES
 from vggt_adapter.look import load_model, load_pictures
 from vistvis.attention import Attention
@@ -46,8 +46,8 @@ class LoadedVGGT:
 
     def _sites(self, chosen: Sequence[str] | None) -> dict[str, str]:
         aggregator = find_aggregator(self.model)
-        blocks = _checked_blocks(aggregator, None)
-        known = _site_names(aggregator, blocks, list(ATTENTION_TYPES))
+        blocks = checked_blocks(aggregator, None)
+        known = site_names(aggregator, blocks, list(ATTENTION_TYPES))
         if chosen is None:
             return known
         for pattern in chosen:
