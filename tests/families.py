@@ -198,7 +198,7 @@ def _check_site(
     result.difference = float((weights - reference).abs().max())
     if attention.weights is None:
         logits = attention.logits(None)
-        size = float(logits[logits.isfinite()].abs().max())
+        size = float(logits[logits > -1e6].abs().max())  # masks of −10³⁸ say nothing
         result.allowed = max(TOLERANCE, 2 * EPS * size)
     # The comparison itself must be able to turn red.
     for dim, what in ((3, "a token shifted by one"), (1, "heads swapped")):

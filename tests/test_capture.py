@@ -217,6 +217,28 @@ def test_verify_passes_and_can_fail(
             model(images)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verify_is_strict_behind_large_masks(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """A mask of −10³⁸ must not count as a logit that excuses rounding."""
+    hidden = torch.zeros(6, 6, dtype=dtype).masked_fill(~HIDDEN, torch.finfo(dtype).min)
+    hidden[5] = torch.finfo(dtype).min
+    model = Kernel(lambda x: sdpa(x, x, x.flip(2), attn_mask=hidden)).eval()
+    with vistvis.capture(model, verify=True) as captured:
+        model(X.to(dtype))
+    assert captured["Kernel"].shape == (2, 2, 6, 6)
+    real = kernels.read_sdpa
+
+    def dropped(call: Any, *rest: Any) -> Any:
+        return real(replace(call, mask=None), *rest)
+
+    monkeypatch.setattr(kernels, "read_sdpa", dropped)
+    with pytest.raises(CaptureError, match="weights @ V differs"):  # noqa: SIM117
+        with vistvis.capture(model, verify=True):
+            model(X.to(dtype))
+
+
 # -- passes ----------------------------------------------------------------------------------------
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from families import check_model, prepare
+from oracle import record_inputs, reference_weights
 from torch import nn
 
 import vistvis
-from vistvis.errors import SiteError
+from vistvis.errors import CaptureError, SiteError
 
 timm = pytest.importorskip("timm")
 
@@ -112,6 +113,29 @@ def test_eager_and_fused_paths_agree(name: str) -> None:
     assert {one.site.source for one in eager.values()} == {"softmax"}
     for site in fused:
         assert (fused[site].dense() - eager[site].dense()).abs().max() < 1e-5
+
+
+def test_differential_attention_is_read_from_its_eager_path() -> None:
+    from timm.layers import DiffAttention
+
+    model, x = vit(attn_layer=DiffAttention), torch.randn(2, 3, 32, 32)
+    prepare(model)
+    with pytest.raises(CaptureError, match="set its fused_attn = False"):  # noqa: SIM117
+        with torch.no_grad(), vistvis.capture(model):
+            model(x)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    with torch.no_grad(), vistvis.capture(model, verify=True) as captured:
+        model(x)
+    module = model.get_submodule("blocks.0.attn")
+    with torch.no_grad():
+        inputs = record_inputs({"attn": module}, lambda: model(x))["attn"]
+    pairs = reference_weights(module, *inputs, 4).unflatten(1, (4, 2))
+    weights = captured["blocks.0.attn"].dense().double()
+    factors = (pairs[:, :, 0] - weights) / pairs[:, :, 1]
+    assert factors.std() < 1e-4 * factors.mean()
+    assert weights.shape == (2, 4, 17, 17)
 
 
 def test_talking_heads_are_mixed_after_the_softmax() -> None:

@@ -526,6 +526,11 @@ class Capture(Mapping[str, Attention]):
             raise CaptureError(self._why_unseen(site))
         if site.type in HEAD_BY_HEAD and len(readings) == site.heads:
             return stack_heads(readings)
+        if site.type == "DiffAttention" and len(readings) == 2:
+            raise CaptureError(
+                "differential attention subtracts one softmax matrix from another, and its fused "
+                "path shows them apart; set its fused_attn = False to read what it uses"
+            )
         if len(readings) > 1:
             raise CaptureError(
                 f"made {len(readings)} attention kernel calls in one run, and which is meant is "

@@ -77,6 +77,7 @@ REFUSED = {
 _HEADS_AT = {
     "HaloAttn": 0,
     "MaskUnitAttention": 1,
+    "HieraMaskUnitAttention": 1,
     "timm.models.nest.Attention": 1,
     "LocallyGroupedAttn": 2,
 }
@@ -325,6 +326,7 @@ def _kind(name: str, type_name: str) -> tuple[str, int | None]:
     if (
         "cross" in type_name.lower()
         or "cross" in last
+        or "encdec" in last
         or last in ("multihead_attn", "encoder_attn")
     ):
         return "cross", block

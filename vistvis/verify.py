@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from vistvis.errors import CaptureError
 from vistvis.kernels import Reading
 
 SAMPLE = 5
+MASKED = -1e9
 
 
 def verify_reading(reading: Reading, *, sample: int = SAMPLE) -> None:
@@ -26,16 +28,36 @@ def verify_reading(reading: Reading, *, sample: int = SAMPLE) -> None:
     rows = attention.rows(queries).to(value.device)
     again = rows @ value.to(rows.dtype)
     there = output[:, :, queries].to(rows.dtype)
-    # Logits carry the rounding of the kernel's dtype times their size into the weights.
-    eps = torch.finfo(output.dtype).eps
-    logits = 1.0
+    difference = (again - there).abs()
+    size = 1.0
     if attention.weights is None:
-        finite = attention.logits(queries)
-        logits = float(finite[finite.isfinite()].abs().max()) if finite.isfinite().any() else 1.0
-    allowed = 64 * eps * max(1.0, logits) * float(value.abs().max().clamp_min(1e-30))
-    worst = float((again - there).abs().max()) if there.numel() else 0.0
+        logits = attention.logits(queries).to(value.device)
+        # A query whose every key is masked by a large negative number has weights by rounding.
+        highest = logits.amax(-1, keepdim=True)
+        difference = difference.masked_fill(highest < MASKED, 0.0)
+        size = largest_logit(logits, highest)
+    # Kernels take products in float32 at least, so logits carry that rounding times their size into
+    # the weights; weights and output are rounded to the kernel's dtype.
+    eps = 64 * torch.finfo(torch.float32).eps * max(1.0, size)
+    eps += 8 * torch.finfo(output.dtype).eps
+    allowed = eps * float(value.abs().max().clamp_min(1e-30))
+    worst = float(difference.max()) if difference.numel() else 0.0
     if not worst <= allowed:
         raise CaptureError(
             f"weights @ V differs from the kernel's output by {worst:.3g} (rounding explains "
             f"{allowed:.3g}): what was read is not what the kernel used"
         )
+
+
+def largest_logit(logits: Tensor, highest: Tensor) -> float:
+    """The largest |logit| of keys that count: masked ones, at −10³⁸ say, tell nothing of rounding.
+
+    Parameters
+    ----------
+    logits
+        `(…, Nk)`.
+    highest
+        `(…, 1)`: the largest of every row.
+    """
+    counts = (logits > highest - 40) & (highest > MASKED)
+    return float(logits[counts].abs().max()) if bool(counts.any()) else 1.0
