@@ -829,6 +829,28 @@ def test_ways_to_call_a_kernel(call: Callable[[Tensor], Tensor], expected: dict[
         assert (weights - bare).abs().max() > 0.05, "dropping the mask must show"
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_channel_attention_of_any_class_is_refused(fused: bool) -> None:
+    def call(x: Tensor) -> Tensor:  # (B, N, C)
+        heads = x.unflatten(-1, (2, 4)).permute(0, 2, 3, 1)
+        if fused:
+            return sdpa(heads, heads, heads)
+        return (heads @ heads.mT).softmax(-1) @ heads
+
+    with pytest.raises(CaptureError, match="over the channels of a head, not over its 6 tokens"):
+        captured_kernel(call, torch.randn(2, 6, 8))
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (6, 4)])
+def test_causal_with_other_numbers_of_keys(sizes: tuple[int, int]) -> None:
+    """Counted from the first key, as the kernel does."""
+    query, key = torch.randn(2, 2, sizes[0], 4), torch.randn(2, 2, sizes[1], 4)
+    model = Kernel(lambda x: sdpa(query, key, key, is_causal=True)).eval()
+    with vistvis.capture(model, verify=True) as captured:
+        model(X)
+    assert (captured["Kernel"].dense() - softmax_of(query, key, causal=True)).abs().max() < 1e-5
+
+
 def test_grouped_heads_are_not_copied() -> None:
     query = torch.randn(2, 4, 6, 4) * 2
     model = Kernel(lambda x: sdpa(query, x, x, enable_gqa=True)).eval()

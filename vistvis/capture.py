@@ -27,6 +27,7 @@ from vistvis.kernels import (
     KernelTap,
     Reading,
     error_text,
+    over_tokens,
     read_sdpa,
     sdpa_call,
     stack_heads,
@@ -431,9 +432,10 @@ class Capture(Mapping[str, Attention]):
             out = reader.run(original, args, kwargs)
             self._finish_safely(site, reader.readings, reader.problems)
             return out
+        sizes = _sizes(args, kwargs)
         tap = KernelTap(
             heads=site.heads,
-            batch=_batch(args, kwargs),
+            batch=sizes[0] if sizes else None,
             keeping=self._keeping,
             active=lambda: stack[-1] is run,
             instead={MULTIHEAD_FORWARD: reader.multi_head_attention},
@@ -451,6 +453,7 @@ class Capture(Mapping[str, Attention]):
         finally:
             stack.pop()
         readings, problems = tap.readings + reader.readings, tap.problems + reader.problems
+        readings = [over_tokens(reading, sizes) for reading in readings]
         self._finish_safely(site, readings, problems, before)
         return out
 
@@ -812,8 +815,9 @@ def _recomputing() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def _sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of a module's input, its first tensor of three or more dimensions; else ()."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and not value.is_nested and value.ndim >= 3:
-            return int(value.shape[0])
-    return None
+            return tuple(value.shape)
+    return ()

@@ -86,6 +86,26 @@ def stack_heads(readings: Sequence[Reading]) -> Reading:
     return Reading(attention, readings[0].source, value, output)
 
 
+def over_tokens(reading: Reading, sizes: tuple[int, ...]) -> Reading:
+    """Refuse attention over channels: as many queries as a head has channels, summed over tokens.
+
+    `sizes` is the shape of the module's input, `(B, N, C)`; with others nothing can be told.
+    """
+    found = reading.attention
+    if found is None or len(sizes) != 3:
+        return reading
+    _, tokens, width = sizes
+    _, heads, queries, keys = found.shape
+    channels = queries == keys != tokens and heads * queries == width
+    if not channels or (found.query is not None and found.query.shape[-1] != tokens):
+        return reading
+    text = (
+        f"its {queries}×{keys} weights are over the channels of a head, not over its {tokens} "
+        "tokens (cross-covariance)"
+    )
+    return Reading(None, reading.source, error=text)
+
+
 def unpack_groups(reading: Reading, heads: int | None, groups: Any) -> Reading:
     """Undo the packing of grouped heads into the token dimension.
 
