@@ -95,7 +95,7 @@ def tools() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[], Any]
 @torch.inference_mode()
 def overhead(name: str) -> tuple[float, float]:
     plain, watched = tools()[name]()
-    rounds = 9 if name.startswith("vistvis") else 3
+    rounds = 15 if name.startswith("vistvis") else 3
     times = cpu_milliseconds({"plain": plain, "watched": watched}, rounds=rounds)
     return times["plain"], times["watched"]
 

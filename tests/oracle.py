@@ -136,7 +136,7 @@ def reference_weights(
     for one in double.modules():
         if getattr(one, "fused_attn", None) is True:
             one.fused_attn = False  # type: ignore[assignment]
-    drop = getattr(double, "attn_drop", None)
+    drop = getattr(double, "talking_head2", getattr(double, "attn_drop", None))
     if isinstance(drop, nn.Module):
         drop.register_forward_hook(lambda module, inputs, output: found["drop"].append(output))
     with torch.no_grad(), replaced_kernels(double, found):
@@ -160,7 +160,8 @@ def _heads_second(module: nn.Module, weights: Tensor, heads: int | None, batch: 
     name = type(module).__name__
     if name == "LocallyGroupedAttn":  # (B, windows, h, …)
         return weights.flatten(0, 1)
-    if name == "MaskUnitAttention" or type(module).__module__ == "timm.models.nest":
+    nest = type(module).__module__ == "timm.models.nest"
+    if weights.ndim == 5 and (name == "MaskUnitAttention" or nest):
         return weights.transpose(1, 2).flatten(0, 1)  # (B, h, windows, …)
     if weights.ndim == 4 and (heads is None or weights.shape[0] != batch * heads):
         return weights
