@@ -52,7 +52,7 @@ def overhead(label: str) -> tuple[float, float]:
             extractor.register_hooks()
             model(images)
 
-    rounds = 25 if "small" in label else 9
+    rounds = 61 if "small" in label else 21
     times = cpu_milliseconds({"plain": plain, "captured": captured}, rounds=rounds)
     return times["plain"], times["captured"]
 
