@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _measure import cpu_milliseconds, in_fresh_process, megabytes, peak_bytes, table, verdict
+from _measure import cpu_times, in_fresh_process, megabytes, peak_bytes, table, verdict
 
 import vistvis
 
@@ -94,10 +94,11 @@ def tools() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[], Any]
 
 @torch.inference_mode()
 def overhead(name: str) -> tuple[float, float]:
+    """Milliseconds of the plain forward, and the ratio of the watched one to it."""
     plain, watched = tools()[name]()
     rounds = 15 if name.startswith("vistvis") else 3
-    times = cpu_milliseconds({"plain": plain, "watched": watched}, rounds=rounds)
-    return times["plain"], times["watched"]
+    times = cpu_times({"plain": plain, "watched": watched}, rounds=rounds)
+    return times["plain"].median, times["watched"].over(times["plain"])
 
 
 @torch.inference_mode()
@@ -119,7 +120,7 @@ if __name__ == "__main__":
         sys.exit()
     rows = []
     for name in tools():
-        plain, watched = overhead(name)
+        plain, ratio = overhead(name)
         again = 3 if name.startswith("vistvis") else 1
         peaks = {
             how: statistics.median(
@@ -128,8 +129,7 @@ if __name__ == "__main__":
             for how in ("plain", "watched")
         }
         extra = peaks["watched"] - peaks["plain"]
-        ratio, bars = watched / plain, "–"
-        memory_text = megabytes(extra)
+        bars, memory_text = "–", megabytes(extra)
         if name.startswith("vistvis"):
             kept = in_fresh_process(__file__, "memory", name, "watched")["kept"]
             share = extra / kept

@@ -10,7 +10,7 @@ import sys
 
 import torch
 from _measure import (
-    cpu_milliseconds,
+    cpu_times,
     in_fresh_process,
     megabytes,
     peak_bytes,
@@ -38,7 +38,7 @@ def speed() -> None:
     assert attention.key is not None
     key, one_key, one_query = attention.key, attention.key[0, 3], attention.query[0, 3, 77]
     attention.log_sum_exp()
-    times = cpu_milliseconds(
+    times = cpu_times(
         {
             "product": lambda: one_key @ one_query,
             "sum": lambda: key.sum(),
@@ -53,16 +53,16 @@ def speed() -> None:
     )
 
     def line(label: str, name: str, base: str, limit: float) -> list[str]:
-        ratio = times[name] / times[base]
+        ratio = times[name].over(times[base])
         what = {"product": "K @ q of that head", "sum": "K.sum()"}[base]
-        return [label, f"{times[name]:.3f} ms", what, f"{ratio:.2f}", verdict(ratio, limit)]
+        return [label, f"{times[name].median:.3f} ms", what, f"{ratio:.2f}", verdict(ratio, limit)]
 
     table(
         f"rows and columns, N = {N:,}, {HEADS} heads, d = {WIDTH}, float32, CPU time of one thread",
         ["what", "time", "against", "ratio", "bar"],
         [
-            ["K @ q of one head", f"{times['product']:.3f} ms", "", "", ""],
-            ["K.sum()", f"{times['sum']:.3f} ms", "", "", ""],
+            ["K @ q of one head", f"{times['product'].median:.3f} ms", "", "", ""],
+            ["K.sum()", f"{times['sum'].median:.3f} ms", "", "", ""],
             line("rows(q, batch=0, heads=3)", "row", "product", 2),
             line("attention[0, 3, q]", "indexed", "product", 2),
             line("rows(q), all heads", "all", "sum", 2),

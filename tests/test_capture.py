@@ -6,6 +6,7 @@ import contextlib
 import copy
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -337,6 +338,32 @@ def test_a_failed_pass_is_not_kept(model: VGGTLike, images: Tensor) -> None:
 
 
 # -- memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_earlier_pass_makes_room_site_by_site(
+    model: VGGTLike, images: Tensor, fails: bool
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def look(*_: Any) -> None:
+        alive = sum(old() is not None for old in earlier)
+        seen.append((alive, len(captured)))
+        if fails and len(seen) == 2:
+            raise RuntimeError("stop here")
+
+    with torch.no_grad(), vistvis.capture(model) as captured:
+        model(images)
+        earlier = [weakref.ref(attention.query) for attention in captured.values()]
+        for name in captured:
+            model.get_submodule(name).q_norm.register_forward_hook(look)
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            model(images)
+        assert not any(old() is not None for old in earlier)
+    # Gone when the site runs again, out of sight as soon as the pass begins.
+    assert len(earlier) == 4
+    assert seen == [(3, 0), (2, 0), (1, 0), (0, 0)][: len(seen)]
+    assert len(seen) == (2 if fails else 4)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -115,7 +115,7 @@ class AttentionExtractor:
                 sink=None if sink is None else lambda site, found: sink(names[site], found),
                 layout=token_layout,
                 # Blocks go by the names users know, also once they are stored or drawn.
-                describe=lambda info, _: replace(info, name=names[info.name]),
+                describe=lambda info: replace(info, name=names[info.name]),
             ),
             {name: site for site, name in names.items()},
             dense=dense,

@@ -41,7 +41,7 @@ class LoadedVGGT:
             list(names),
             sink=lambda site, attention: sink(names[site], attention),
             layout=token_layout,
-            describe=lambda info, _: replace(info, name=names[info.name]),
+            describe=lambda info: replace(info, name=names[info.name]),
         )
 
     def _sites(self, chosen: Sequence[str] | None) -> dict[str, str]:

@@ -12,7 +12,7 @@ it is kept, and raised where the site is asked for or when the block ends.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,18 +26,17 @@ from vistvis.kernels import (
     Keeping,
     KernelTap,
     Reading,
+    SdpaCall,
     error_text,
     over_tokens,
     read_sdpa,
-    sdpa_call,
     stack_heads,
     unpack_groups,
-    without_value,
 )
 from vistvis.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
 from vistvis.patching import Forward, attach, detach
 from vistvis.projections import ProjectionTap
-from vistvis.siteinfo import SiteInfo
+from vistvis.siteinfo import SiteInfo, WindowInfo
 from vistvis.sites import (
     HEAD_BY_HEAD,
     UNREADABLE,
@@ -53,7 +52,7 @@ from vistvis.tokens import TokenLayout
 from vistvis.verify import verify_reading
 from vistvis.windows import window_of, window_owner
 
-Describe = Callable[[SiteInfo, Attention], SiteInfo]
+Describe = Callable[[SiteInfo], SiteInfo]
 LayoutOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], "TokenLayout | None"]
 Source = Literal["kernel", "softmax", "module", "projection"]
 
@@ -100,7 +99,7 @@ def capture(
         A token layout, or a function of `(model, args, kwargs)` of each pass; by default what
         `TokenLayout.from_model` knows.
     describe
-        Changes the description of a site: `(info, attention) -> info`.
+        Changes the description of a site, such as its name: `info -> info`.
 
     Returns
     -------
@@ -236,13 +235,14 @@ class _CompiledTap(torch.overrides.TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func is SDPA:
-            call = sdpa_call(*args, **kwargs)
+            call = SdpaCall(*args, **kwargs)
             kind = call.query.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             if self.values:
                 self.pending.append(("kernel", self.name, call, (out, dtype)))
             else:  # values and output would be kept alive for nothing
-                self.pending.append(("kernel", self.name, without_value(call), (None, dtype)))
+                call = call._replace(value=call.key)
+                self.pending.append(("kernel", self.name, call, (None, dtype)))
         return out
 
 
@@ -288,6 +288,8 @@ class Capture(Mapping[str, Attention]):
         self._state = _ThreadState()
         self._lock = threading.RLock()
         self._results: dict[str, list[Attention]] = {}
+        self._outgoing: dict[str, list[Attention]] = {}
+        self._infos: dict[str, tuple[Any, SiteInfo]] = {}
         self._errors: dict[str, str] = {}
         self._told: set[str] = set()
         self._fired: dict[str, int] = dict.fromkeys(self._chosen, 0)
@@ -343,6 +345,7 @@ class Capture(Mapping[str, Attention]):
         """Take everything off the model and let go of what was captured."""
         self.remove()
         self._results.clear()
+        self._infos.clear()
         self._pending.clear()
         self._released = True
 
@@ -397,9 +400,10 @@ class Capture(Mapping[str, Attention]):
         if outer is None:
             self._drain()  # what compiled passes noted before this one is not this one's
             if not self._accumulate:
-                # The last pass wins, so what the one before took can make room now.
+                # The last pass wins. What the one before took makes room site by site: freed at
+                # once, its pages went back to the system and cost their way in again.
                 with self._lock:
-                    self._results, self._errors = {}, {}
+                    self._outgoing, self._results, self._errors = self._results, {}, {}
         mine = state.current = _Pass(self._layout_of(args, kwargs))
         state.depth += not entry
         try:
@@ -417,6 +421,7 @@ class Capture(Mapping[str, Attention]):
             state.depth -= not entry
             state.current = outer
             if outer is None:
+                self._outgoing = {}
                 self._keeping.masks.clear()
 
     def _run_site(
@@ -424,9 +429,9 @@ class Capture(Mapping[str, Attention]):
     ) -> Any:
         if _recomputing():
             return original(*args, **kwargs)
-        state = self._state
+        self._outgoing.pop(site.name, None)
         run = _Run(site)
-        stack = state.stack
+        stack = self._state.stack
         reader = MultiheadReader(self._keeping)
         if reader.can_run(original):
             out = reader.run(original, args, kwargs)
@@ -616,35 +621,19 @@ class Capture(Mapping[str, Attention]):
     def _info(
         self, site: Site, attention: Attention, source: str, layout: TokenLayout | None
     ) -> SiteInfo:
-        info = SiteInfo(
-            name=site.name,
-            kind=site.kind,
-            block=site.block,
-            module=site.type,
-            rope=False if not self._rope else None,
-            source=source,
-        )
+        window = None
         if site.name in self._owners and site.name in self._state.grids:
             shape, sizes = self._state.grids[site.name]
             window = window_of(self._owners[site.name], shape, sizes, attention)
-            info = replace(info, window=window, kind="window" if window else info.kind)
-        if layout is not None:
-            one = layout.frame_layout()
-            batch, _, queries, keys = attention.shape
-            fits = {layout.num_tokens: layout, one.num_tokens: one}
-            if site.kind in ("frame", "window") or queries != layout.num_tokens:
-                fits[one.num_tokens] = one
-            elif layout.frames > 1:
-                fits = {layout.num_tokens: layout}
-            query_layout = fits.get(queries)
-            folded = query_layout is one and layout.frames > 1 and batch % layout.frames == 0
-            info = replace(
-                info,
-                query_layout=query_layout,
-                key_layout=fits.get(keys),
-                frames_in_batch=folded or (site.kind == "frame" and query_layout is one),
-            )
-        return self._describe(info, attention) if self._describe is not None else info
+        # The same from pass to pass, unless pictures change their size.
+        key = (attention.shape, source, layout, window)
+        known = self._infos.get(site.name)
+        if known is None or known[0] != key:
+            rope = False if not self._rope else None
+            info = site_info(site, attention.shape, source, rope, layout, window)
+            info = info if self._describe is None else self._describe(info)
+            known = self._infos[site.name] = (key, info)
+        return known[1]
 
     def _why_unseen(self, site: Site) -> str:
         names = reached_names(type(site.module))
@@ -781,6 +770,43 @@ class Capture(Mapping[str, Attention]):
             f"{type(self._model).__name__}, {held / 2**20:.1f} MB"
             f"{', watching' if self.attached else ''})"
         )
+
+
+def site_info(
+    site: Site,
+    shape: Sequence[int],
+    source: str,
+    rope: bool | None,
+    layout: TokenLayout | None,
+    window: WindowInfo | None,
+) -> SiteInfo:
+    """Describe attention of this shape `(B, h, Nq, Nk)`: which of the layouts fits which side."""
+    info = SiteInfo(
+        name=site.name,
+        kind="window" if window else site.kind,
+        block=site.block,
+        module=site.type,
+        rope=rope,
+        source=source,
+        window=window,
+    )
+    if layout is None:
+        return info
+    one = layout.frame_layout()
+    batch, _, queries, keys = shape
+    fits = {layout.num_tokens: layout, one.num_tokens: one}
+    if site.kind in ("frame", "window") or queries != layout.num_tokens:
+        fits[one.num_tokens] = one
+    elif layout.frames > 1:
+        fits = {layout.num_tokens: layout}
+    query_layout = fits.get(queries)
+    folded = query_layout is one and layout.frames > 1 and batch % layout.frames == 0
+    return replace(
+        info,
+        query_layout=query_layout,
+        key_layout=fits.get(keys),
+        frames_in_batch=folded or (site.kind == "frame" and query_layout is one),
+    )
 
 
 def _check_model(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ import string
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ _PRODUCTS = {
     Tensor.matmul, Tensor.bmm, Tensor.baddbmm, Tensor.__matmul__, Tensor.__rmatmul__,
 }  # fmt: skip
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+_WATCHED = frozenset({SDPA, F.multi_head_attention_forward, *_PRODUCTS, *_SOFTMAX})
 _DROPOUT = {F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 
 
@@ -133,46 +134,17 @@ def unpack_groups(reading: Reading, heads: int | None, groups: Any) -> Reading:
     return replace(reading, attention=attention, value=value, output=output)
 
 
-@dataclass(frozen=True)
-class SdpaCall:
-    """The arguments of one `scaled_dot_product_attention` call, named."""
+class SdpaCall(NamedTuple):
+    """The arguments of one `scaled_dot_product_attention` call, under its names."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None = None
-    dropout: float = 0.0
-    causal: bool = False
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
     scale: float | None = None
-    grouped: bool = False
-
-
-def sdpa_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> SdpaCall:
-    """Name the arguments as `scaled_dot_product_attention` does."""
-    return SdpaCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-
-
-def without_value(call: SdpaCall) -> SdpaCall:
-    """The same call; its value stands in as the key, so that it can be freed."""
-    return SdpaCall(
-        call.query,
-        call.key,
-        call.key,
-        call.mask,
-        call.dropout,
-        call.causal,
-        call.scale,
-        call.grouped,
-    )
+    enable_gqa: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,7 +193,7 @@ class KernelTap(TorchFunctionMode):
     active
         Says whether the calls belong to this tap (False inside a nested site).
     instead
-        Functions that are run by another, which reads what they hide.
+        Functions (of those watched) that are run by another, which reads what they hide.
     heads_at
         Which of its leading dimensions are heads, where sizes may not tell.
     """
@@ -250,7 +222,12 @@ class KernelTap(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        # Every function of the module comes by here, reading a shape among them: what is of no
+        # interest has to leave soon. (A global set: code that compiles itself is traced through
+        # here, and Dynamo can't hash what an attribute of a mode holds.)
         kwargs = kwargs or {}
+        if func not in _WATCHED and not self._flow.begun:
+            return func(*args, **kwargs)
         if func is SDPA:
             return self._sdpa(args, kwargs)
         if func in self._instead and self.active():
@@ -265,7 +242,7 @@ class KernelTap(TorchFunctionMode):
             try:
                 self.readings.append(
                     read_sdpa(
-                        sdpa_call(*args, **kwargs),
+                        SdpaCall(*args, **kwargs),
                         out,
                         *(self.heads, self.batch, self.keeping, self.heads_at),
                         autocast_dtype(args[0] if args else kwargs["query"]),
@@ -295,20 +272,16 @@ def read_sdpa(
             raise UnreadableError(f"its {name} is a nested tensor; pad the sequences instead")
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise UnreadableError(f"its {name} lives inside a torch.func transform; run it outside")
-    if call.dropout > 0:
+    if call.dropout_p > 0:
         raise UnreadableError(
-            f"dropout is active in the kernel (dropout_p={call.dropout:g}), so what it used is "
+            f"dropout is active in the kernel (dropout_p={call.dropout_p:g}), so what it used is "
             "not the softmax; call model.eval()"
         )
-    mask = _known_mask(call.mask)
+    mask = _known_mask(call.attn_mask)
     dtype = autocast
     scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    if not call.grouped:
-        lead = broadcast_shapes(query.shape[:-2], key.shape[:-2])
-        query = query.expand(*lead, *query.shape[-2:])
-        # One key head serves all query heads without being copied.
-        single = len(lead) == 2 and key.shape[1] == 1 and key.shape[0] == lead[0]
-        key = key if single else key.expand(*lead, *key.shape[-2:])
+    if not call.enable_gqa and query.shape[:-2] != key.shape[:-2]:
+        query, key = _broadcast(query, key)
     fold = Fold.of(tuple(query.shape[:-2]), heads, batch, heads_at=heads_at)
     if mask is not None and fold.changes:
         mask = fold(mask.expand(*query.shape[:-1], key.shape[-2]))
@@ -319,15 +292,26 @@ def read_sdpa(
         key=keep(fold(key), dtype, keeping.device),
         scale=float(scale),
         mask=None if mask is None else keeping.mask(mask, dtype),
-        causal=call.causal,
+        causal=call.is_causal,
     )
     value = output = None
     if keeping.values and out is not None:
-        groups = call.query.shape[-3] // call.value.shape[-3] if call.grouped else 1
+        groups = call.query.shape[-3] // call.value.shape[-3] if call.enable_gqa else 1
         value = call.value.repeat_interleave(groups, -3) if groups > 1 else call.value
         value = fold(value.expand(*call.query.shape[:-2], *value.shape[-2:])).detach()
         output = fold(out).detach()
     return Reading(attention, "kernel", value, output)
+
+
+def _broadcast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Leading dimensions as the kernel broadcasts them; nothing is copied."""
+    lead = broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    # One key head serves all query heads as it is.
+    single = len(lead) == 2 and key.shape[1] == 1 and key.shape[0] == lead[0]
+    return (
+        query.expand(*lead, *query.shape[-2:]),
+        key if single else key.expand(*lead, *key.shape[-2:]),
+    )
 
 
 def keep(
@@ -343,9 +327,11 @@ def keep(
         dtype = None
     if tensor.dtype == torch.float64:
         dtype = None  # autocast leaves float64 alone
-    moved = tensor.detach().to(dtype=dtype or tensor.dtype, device=device or tensor.device)
-    if moved.data_ptr() != tensor.data_ptr():
-        return moved
+    moved = tensor.detach()
+    if dtype is not None or device is not None:
+        moved = moved.to(dtype=dtype or tensor.dtype, device=device or tensor.device)
+        if moved.data_ptr() != tensor.data_ptr():
+            return moved
     needed = moved.numel() * moved.element_size()
     stored = moved.untyped_storage().nbytes()
     if moved.is_inference() or (stored > 1.02 * needed + 1024 and not share):
@@ -463,8 +449,8 @@ class _Flow:
         # By id, with a weak reference: an id alone may come back as another tensor's.
         self._scores: dict[int, weakref.ref[Tensor]] = {}
         self._weights: dict[int, weakref.ref[Tensor]] = {}
-        self.softmaxes = 0
-        self.random = False
+        self.begun = False
+        """Whether there is anything to follow yet."""
 
     def follow(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
@@ -473,7 +459,7 @@ class _Flow:
             self._product(func, list(_tensors((*args, *kwargs.values()))), args, out)
         elif func in _SOFTMAX:
             self._softmax(args, kwargs, out)
-        elif self._scores or self._weights:
+        elif self.begun:
             inputs = list(_tensors((*args, *kwargs.values())))
             if any(self._has(self._weights, tensor) for tensor in inputs):
                 if func in _DROPOUT and _dropping(func, args, kwargs):
@@ -487,7 +473,6 @@ class _Flow:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if not isinstance(scores, Tensor) or not self._has(self._scores, scores):
             return
-        self.softmaxes += 1
         if dim not in (-1, scores.ndim - 1):
             self._tap.problems.append(
                 f"its softmax runs over dimension {dim} of {tuple(scores.shape)}, not over the last"
@@ -546,6 +531,7 @@ class _Flow:
     def _mark(self, marks: dict[int, weakref.ref[Tensor]], out: Any) -> None:
         for tensor in _tensors((out,)):
             if tensor.ndim >= 2:
+                self.begun = True
                 marks[id(tensor)] = weakref.ref(tensor)
 
 

@@ -22,12 +22,12 @@ from vistvis.kernels import (
     SDPA,
     Keeping,
     Reading,
+    SdpaCall,
     UnreadableError,
     autocast_dtype,
     error_text,
     keep,
     read_sdpa,
-    sdpa_call,
 )
 
 MULTIHEAD_FORWARD = F.multi_head_attention_forward
@@ -105,7 +105,7 @@ class MultiheadReader:
         out = SDPA(*args, **kwargs)
         self._record(
             lambda: read_sdpa(
-                sdpa_call(*args, **kwargs),
+                SdpaCall(*args, **kwargs),
                 out,
                 *(self._heads, None, self.keeping, None),
                 autocast_dtype(out),

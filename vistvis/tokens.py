@@ -94,13 +94,15 @@ class TokenLayout:
 
     def __post_init__(self) -> None:
         # Ints and lists are accepted because they are what configurations and JSON hold.
+        # (`hasattr` and not SupportsIndex, whose isinstance takes 20 µs: layouts are made while a
+        # model runs.)
         special: Any = self.special
-        if isinstance(special, SupportsIndex):
+        if hasattr(special, "__index__"):
             special = ("special",) * operator.index(special)
         elif isinstance(special, str):
             special = (special,)
         patch: Any = self.patch_size
-        if isinstance(patch, SupportsIndex):
+        if hasattr(patch, "__index__"):
             patch = (patch, patch)
         object.__setattr__(self, "frames", operator.index(self.frames))
         object.__setattr__(self, "grid", _pair(self.grid, "grid"))
