@@ -8,7 +8,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -209,7 +208,7 @@ def test_verify_passes_and_can_fail(
     real = kernels.read_sdpa
 
     def one_token_off(call: Any, *rest: Any) -> Any:
-        return real(replace(call, key=call.key.roll(1, -2)), *rest)
+        return real(call._replace(key=call.key.roll(1, -2)), *rest)
 
     monkeypatch.setattr(kernels, "read_sdpa", one_token_off)
     capture = vistvis.capture(model, GLOBAL, verify=True)
@@ -232,7 +231,7 @@ def test_verify_is_strict_behind_large_masks(
     real = kernels.read_sdpa
 
     def dropped(call: Any, *rest: Any) -> Any:
-        return real(replace(call, mask=None), *rest)
+        return real(call._replace(attn_mask=None), *rest)
 
     monkeypatch.setattr(kernels, "read_sdpa", dropped)
     with pytest.raises(CaptureError, match="weights @ V differs"):  # noqa: SIM117
