@@ -6,6 +6,7 @@ compared take turns, so that a slow minute slows them alike.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 
@@ -52,35 +54,92 @@ def cpu_times(
     for _ in range(warmup):
         for function in functions.values():
             function()
-    times = {name: Timing([], []) for name in functions}
-    names = list(functions)
+    return _take_turns({name: partial(_timed, call) for name, call in functions.items()}, rounds)
+
+
+def cpu_times_of_processes(
+    script: str, arguments: dict[str, Sequence[str]], *, rounds: int
+) -> dict[str, Timing]:
+    """As `cpu_times`, of what `script` serves (see `serve`) when it is called with arguments.
+
+    Each has a process of its own and waits while another has its turn. In one process they would
+    pay for each other's memory: what one keeps stops the allocator from giving the top of the heap
+    back, and so spares the other pages that it would have to take anew by itself.
+    """
+    processes = []
+    with contextlib.ExitStack() as stack:
+
+        def start(given: Sequence[str]) -> Callable[[], tuple[float, int]]:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, script, *given],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            processes.append(process)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            asked, answers = process.stdin, process.stdout
+
+            def turn() -> tuple[float, int]:
+                print(file=asked, flush=True)
+                milliseconds, pages = json.loads(answers.readline())
+                return milliseconds, pages
+
+            turn()  # the first one warms up
+            return turn
+
+        times = _take_turns({name: start(given) for name, given in arguments.items()}, rounds)
+    failed = [process.args for process in processes if process.returncode]
+    if failed:
+        raise RuntimeError(f"failed at their end: {failed}")
+    return times
+
+
+def serve(function: Callable[[], Any]) -> None:
+    """Time one call for each line of the standard input, until it ends."""
+    for _ in sys.stdin:
+        print(json.dumps(_timed(function)), flush=True)
+
+
+def _take_turns(
+    turns: dict[str, Callable[[], tuple[float, int]]], rounds: int
+) -> dict[str, Timing]:
+    times = {name: Timing([], []) for name in turns}
+    names = list(turns)
     for number in range(rounds):
         for name in names if number % 2 == 0 else reversed(names):
-            pages, start = _minor_faults(), time.process_time_ns()
-            functions[name]()
-            times[name].milliseconds.append((time.process_time_ns() - start) / 1e6)
-            times[name].new_pages.append(_minor_faults() - pages)
+            milliseconds, pages = turns[name]()
+            times[name].milliseconds.append(milliseconds)
+            times[name].new_pages.append(pages)
     return times
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, int]:
+    pages, start = _minor_faults(), time.process_time_ns()
+    function()
+    return (time.process_time_ns() - start) / 1e6, _minor_faults() - pages
 
 
 def _minor_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def in_fresh_process(script: str, *arguments: str, settle: bool = True) -> dict[str, Any]:
+def in_fresh_process(script: str, *arguments: str) -> dict[str, Any]:
     """Run `script arguments` by itself and read the JSON of its last line of output.
 
-    With `settle`, for peaks of memory, blocks of a megabyte and more are mapped, and so given back
-    when they are freed. By default glibc keeps freed blocks of up to 32 MB in the heap wherever
-    something behind them is in use: peaks of the same plain forward pass then differ by 100 MB from
-    run to run.
+    Blocks of a megabyte and more are mapped, and so given back when they are freed. By default
+    glibc keeps freed blocks of up to 32 MB in the heap wherever something behind them is in use:
+    peaks of the same plain forward pass then differ by 100 MB from run to run.
     """
     result = subprocess.run(
         [sys.executable, script, *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "1000000"} if settle else {})},
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
     )
     if result.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{result.stderr}")

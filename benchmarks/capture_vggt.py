@@ -3,7 +3,8 @@
 3 frames of 518×392 (1,041 tokens each), float32; a small model, and one of the shape of VGGT-1B
 with 2 + 2 blocks. "Hooks stay on" is a loop over pictures; "hooks for one pass" also registers and
 clears them, and frees what the pass before kept at once, so that its Q and K mostly lie in memory
-that the system has to give anew. That is its work, page by page, and is counted.
+that the system has to give anew. That is its work, page by page, and is counted. "Plain again" is
+the same forward in another process: how far two equal things come out apart.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import sys
 
 import torch
 from _measure import (
-    cpu_times,
+    cpu_times_of_processes,
     in_fresh_process,
     megabytes,
     peak_bytes,
+    serve,
     table,
     verdict,
 )
 
 from vggt_adapter import VGGT, AttentionExtractor
 
-PASSES = ("plain", "captured")
+HOW = ("plain", "plain again", "hooks stay on", "hooks for one pass")
 MODELS = {
     "small (128 wide, 4 + 4 blocks, 4 heads)": {"embed_dim": 128, "depth": 4, "num_heads": 4},
     "1B-shaped (1024 wide, 2 + 2 blocks, 16 heads)": {
@@ -43,30 +45,21 @@ def make(label: str) -> tuple[VGGT, torch.Tensor]:
 
 
 @torch.no_grad()
-def overhead(label: str, how: str) -> None:
-    """A plain forward beside a captured one: of a twin that stays watched, or hooked for it."""
+def run_passes(label: str, how: str) -> None:
+    """Serve forward passes: plain, watched all the time, or with hooks put on for each."""
     model, images = make(label)
-    watched, _ = make(label)
-    extractor = AttentionExtractor(watched)
-
-    def captured() -> None:
-        if how == "hooks stay on":
-            watched(images)
-            return
-        with extractor:
-            extractor.register_hooks()
-            watched(images)
-
+    extractor = AttentionExtractor(model)
     if how == "hooks stay on":
         extractor.register_hooks()
-    passes = dict(zip(PASSES, (lambda: model(images), captured), strict=True))
-    times = cpu_times(passes, rounds=61 if "small" in label else 17)
-    assert sum(1 for _ in extractor.captured.values()) == 2 * model.config.depth
-    found = {"ratio": times["captured"].over(times["plain"])}
-    for name, timing in times.items():
-        found[name] = timing.median
-        found[f"{name} pages"] = timing.median_new_pages
-    print(json.dumps(found))
+
+    def one_pass() -> None:
+        with extractor:
+            extractor.register_hooks()
+            model(images)
+
+    serve(one_pass if how == "hooks for one pass" else lambda: model(images))
+    if how.startswith("hooks"):
+        assert sum(1 for _ in extractor.captured.values()) == 2 * model.config.depth
 
 
 @torch.no_grad()
@@ -98,23 +91,25 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) == 4:
         measure, label, how = sys.argv[1:]
-        {"overhead": overhead, "memory": memory}[measure](label, how)
+        {"passes": run_passes, "memory": memory}[measure](label, how)
         sys.exit()
-    times_rows, memory_rows = [], []
+    time_rows, memory_rows = [], []
     for label in MODELS:
-        for how in ("hooks stay on", "hooks for one pass"):
-            found = in_fresh_process(__file__, "overhead", label, how, settle=False)
-            new = [megabytes(found[f"{name} pages"] * mmap.PAGESIZE) for name in PASSES]
-            times = [f"{found[name]:,.0f} ms" for name in PASSES]
-            ratio = found["ratio"]
-            row = [label, how, *times, f"{ratio:.4f}", verdict(ratio, 1.03), " / ".join(new)]
-            times_rows.append(row)
+        commands = {how: ("passes", label, how) for how in HOW}
+        rounds = 41 if "small" in label else 15
+        times = cpu_times_of_processes(__file__, commands, rounds=rounds)
+        for how, timing in times.items():
+            ratio = timing.over(times["plain"])
+            bar = verdict(ratio, 1.03) if how.startswith("hooks") else ""
+            new = megabytes(timing.median_new_pages * mmap.PAGESIZE)
+            row = [label, how, f"{timing.median:,.0f} ms", f"{ratio:.4f}", bar, new]
+            time_rows.append(row)
         kept, share = extra_memory(label)
         memory_rows.append([label, megabytes(kept), f"{share:.3f}", verdict(share, 1.05)])
     table(
         "capturing all blocks, 3 frames of 518×392, CPU time of one thread",
-        ["model", "captured with", *PASSES, "ratio", "bar", "memory taken anew by each"],
-        times_rows,
+        ["model", "forward", "time", "ratio", "bar", "memory taken anew"],
+        time_rows,
     )
     table(
         "memory of capturing all blocks",
