@@ -15,7 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _measure import cpu_times, in_fresh_process, megabytes, peak_bytes, table, verdict
+from _measure import (
+    cpu_times_of_processes,
+    in_fresh_process,
+    megabytes,
+    peak_bytes,
+    serve,
+    table,
+    verdict,
+)
 
 import vistvis
 
@@ -93,11 +101,17 @@ def tools() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[], Any]
 
 
 @torch.inference_mode()
+def run_passes(name: str, how: str) -> None:
+    """Serve forward passes, plain or watched."""
+    plain, watched = tools()[name]()
+    serve(plain if how == "plain" else watched)
+
+
 def overhead(name: str) -> tuple[float, float]:
     """Milliseconds of the plain forward, and the ratio of the watched one to it."""
-    plain, watched = tools()[name]()
-    rounds = 15 if name.startswith("vistvis") else 3
-    times = cpu_times({"plain": plain, "watched": watched}, rounds=rounds)
+    commands = {how: ("passes", name, how) for how in ("plain", "watched")}
+    rounds = 31 if name.startswith("vistvis") else 3
+    times = cpu_times_of_processes(__file__, commands, rounds=rounds)
     return times["plain"].median, times["watched"].over(times["plain"])
 
 
@@ -116,7 +130,8 @@ def memory(name: str, how: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) == 4:
-        memory(*sys.argv[2:])
+        measure, name, how = sys.argv[1:]
+        {"passes": run_passes, "memory": memory}[measure](name, how)
         sys.exit()
     rows = []
     for name in tools():
