@@ -147,6 +147,19 @@ def in_fresh_process(script: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
+def extra_peak(script: str, name: str, ours: str, *, processes: int = 3) -> tuple[float, int]:
+    """How much higher the peak of `script memory name ours` is than with "plain", and what it kept.
+
+    In bytes; `script` prints both as JSON, `peak` and `kept`. Medians over fresh processes.
+    """
+    runs = {
+        how: [in_fresh_process(script, "memory", name, how) for _ in range(processes)]
+        for how in ("plain", ours)
+    }
+    plain, peak = (statistics.median(run["peak"] for run in found) for found in runs.values())
+    return peak - plain, runs[ours][0]["kept"]
+
+
 def peak_bytes() -> int:
     """The greatest resident size this process has had, in bytes (Linux)."""
     return _status("VmHWM")

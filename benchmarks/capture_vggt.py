@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import mmap
-import statistics
 import sys
 
 import torch
 from _measure import (
     cpu_times_of_processes,
-    in_fresh_process,
+    extra_peak,
     megabytes,
     peak_bytes,
     serve,
@@ -75,18 +74,6 @@ def memory(label: str, how: str) -> None:
     print(json.dumps({"peak": peak_bytes(), "kept": kept}))
 
 
-def extra_memory(label: str) -> tuple[float, float]:
-    """Bytes of Q and K, and the extra peak over them; each process starts fresh, three times."""
-    plain, captured = (
-        statistics.median(
-            in_fresh_process(__file__, "memory", label, how)["peak"] for _ in range(3)
-        )
-        for how in ("plain", "captured")
-    )
-    kept = in_fresh_process(__file__, "memory", label, "captured")["kept"]
-    return kept, (captured - plain) / kept
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) == 4:
@@ -104,7 +91,8 @@ if __name__ == "__main__":
             new = megabytes(timing.median_new_pages * mmap.PAGESIZE)
             row = [label, how, f"{timing.median:,.0f} ms", f"{ratio:.4f}", bar, new]
             time_rows.append(row)
-        kept, share = extra_memory(label)
+        extra, kept = extra_peak(__file__, label, "captured")
+        share = extra / kept
         memory_rows.append([label, megabytes(kept), f"{share:.3f}", verdict(share, 1.05)])
     table(
         "capturing all blocks, 3 frames of 518×392, CPU time of one thread",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from _measure import (
     cpu_times_of_processes,
-    in_fresh_process,
+    extra_peak,
     megabytes,
     peak_bytes,
     serve,
@@ -136,17 +135,10 @@ if __name__ == "__main__":
     rows = []
     for name in tools():
         plain, ratio = overhead(name)
-        again = 3 if name.startswith("vistvis") else 1
-        peaks = {
-            how: statistics.median(
-                in_fresh_process(__file__, "memory", name, how)["peak"] for _ in range(again)
-            )
-            for how in ("plain", "watched")
-        }
-        extra = peaks["watched"] - peaks["plain"]
+        ours = name.startswith("vistvis")
+        extra, kept = extra_peak(__file__, name, "watched", processes=3 if ours else 1)
         bars, memory_text = "–", megabytes(extra)
-        if name.startswith("vistvis"):
-            kept = in_fresh_process(__file__, "memory", name, "watched")["kept"]
+        if ours:
             share = extra / kept
             memory_text += f" ({share:.2f} × Q and K)"
             bars = f"{verdict(ratio, BAR)}, {verdict(share, MEMORY_BAR)}"
