@@ -104,4 +104,4 @@ def bench(session: nox.Session) -> None:
 def evaluate(session: nox.Session) -> None:
     """Measure the bundled small VGGT; prints the table of its model card."""
     environment(session)
-    run(session, "python", "-m", "training.evaluate", *session.posargs)
+    run(session, "python", "training/evaluate.py", *session.posargs)

@@ -91,7 +91,7 @@ def tools() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[], Any]
         model, watched = hugging_face_model("sdpa"), hugging_face_model("eager")
         return lambda: model(images), lambda: watched(images, output_attentions=True)
 
-    found = {"vistvis.capture": ours, "timm AttentionExtract (fx)": timm_fx}
+    found = {"vistvis.hooks.capture": ours, "timm AttentionExtract (fx)": timm_fx}
     if importlib.util.find_spec("transformers"):
         found["transformers eager, output_attentions"] = eager
     if importlib.util.find_spec("fast_vit_rollout") and importlib.util.find_spec("cv2"):

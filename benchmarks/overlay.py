@@ -266,7 +266,7 @@ def leave_out_png(published: bool) -> None:
 
         PIL.Image.Image.save = lambda *_, **__: None  # type: ignore[method-assign]
     else:
-        import vistvis.reconstruction
+        import vistvis.decorators.overlays
 
         vistvis.reconstruction.encode_png = lambda image: b""  # type: ignore[assignment]
 

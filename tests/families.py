@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vistvis
 from vistvis.errors import CaptureError
-from vistvis.sites import Site
+from vistvis.models.sites import Site
 
 TOLERANCE = 1e-5
 EPS = torch.finfo(torch.float32).eps

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vistvis import Attention, indexing
-from vistvis import attention as attention_module
+from vistvis import Attention
+from vistvis.attention import indexing
+from vistvis.attention import lazy as attention_module
 
 
 def reference_weights(

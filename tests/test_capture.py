@@ -19,8 +19,9 @@ from torch.nn.attention.bias import causal_lower_right
 from zoo import Block, VGGTAttention, VGGTLike
 
 import vistvis
-from vistvis import Attention, kernels, patching
+from vistvis import Attention
 from vistvis.errors import CaptureError, InputError, SiteError
+from vistvis.hooks import kernels, patching
 
 GLOBAL = "global_blocks.1.attn"
 FRAME = "frame_blocks.0.attn"
@@ -510,7 +511,7 @@ def test_after_a_registration_that_fails_halfway(
     model: VGGTLike, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], when: int
 ) -> None:
     # The package's name `capture` is the function; its module is found by name.
-    module = sys.modules["vistvis.capture"]
+    module = sys.modules["vistvis.hooks.capture"]
     before, real, count = state_of(model), patching.attach, 0
 
     def fails(*args: Any, **kwargs: Any) -> None:

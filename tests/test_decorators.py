@@ -19,7 +19,7 @@ import torch
 from vistvis import Attention, LayerCounter, VistvisWarning, state
 from vistvis.decorators import visTvis_layer_counter, visTvis_store
 from vistvis.errors import InputError, StoreError
-from vistvis.files import read, read_attention
+from vistvis.store.formats import read, read_attention
 
 
 @pytest.fixture

@@ -16,16 +16,8 @@ from hypothesis import strategies as st
 
 from vistvis import Attention, SiteInfo, TokenLayout
 from vistvis.errors import DenseLimitError, InputError, StoreError
-from vistvis.files import (
-    FORMATS,
-    atomic_file,
-    checked_format,
-    checked_name,
-    inside,
-    read,
-    read_attention,
-    write,
-)
+from vistvis.files import atomic_file, checked_name, inside
+from vistvis.store.formats import FORMATS, checked_format, read, read_attention, write
 
 
 @pytest.mark.parametrize("ending", FORMATS)

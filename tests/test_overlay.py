@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vistvis import overlay
 from vistvis.errors import InputError
-from vistvis.png import encode_png
+from vistvis.images import to_rgb
+from vistvis.views import painting as overlay
+from vistvis.views.png import encode_png
 
 
 def random_map(*shape: int, seed: int = 0) -> np.ndarray:
@@ -111,19 +112,21 @@ def test_blending_is_the_weighted_sum_rounded(under: int, over: int, alpha: floa
     image = np.full((1, 1, 3), under, np.uint8)
     heat = np.full((1, 1, 3), over, np.uint8)
     expected = (1 - alpha) * under + alpha * over
-    assert np.abs(overlay.blend(image, heat, alpha=alpha) - expected).max() <= 0.51
+    found = overlay.mixed(overlay.weighted(image, 1 - alpha), overlay.weighted(heat, alpha))
+    assert np.abs(found - expected).max() <= 0.51
 
 
-def test_blending_levels_is_blending_colours_also_of_turned_pictures() -> None:
+def test_weighting_the_table_is_weighting_its_colours_also_of_turned_pictures() -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (3, 8, 9), dtype=np.uint8).transpose(1, 2, 0)
     entries = rng.integers(0, 256, (8, 9), dtype=np.uint8)
     colours = overlay.table("jet")
-    fast = overlay.blend_levels(image, entries, colours, alpha=0.3)
-    assert (fast == overlay.blend(image, colours[entries], alpha=0.3)).all()
+    under = overlay.weighted(image, 0.7)
+    fast = overlay.mixed(under, overlay.weighted(colours, 0.3).take(entries, axis=0))
+    assert (fast == overlay.mixed(under, overlay.weighted(colours[entries], 0.3))).all()
     assert fast.shape == (8, 9, 3)
     with pytest.raises(InputError, match="alpha"):
-        overlay.blend(image, image, alpha=1.5)
+        overlay.check_alpha(1.5)
 
 
 def test_an_outline_lies_inside_its_box_and_leaves_the_picture_alone() -> None:
@@ -153,30 +156,27 @@ def test_pictures_of_every_kind_become_the_same_bytes() -> None:
         bytes_.astype(np.int64),
     ]
     for images in kinds:
-        assert (overlay.to_rgb(images) == expected).all()
-    assert (
-        np.abs(overlay.to_rgb(torch.from_numpy(bytes_ / 255).bfloat16()) - 1.0 * expected).max()
-        <= 1
-    )
-    grey = overlay.to_rgb(bytes_[:, :1])
+        assert (to_rgb(images) == expected).all()
+    assert np.abs(to_rgb(torch.from_numpy(bytes_ / 255).bfloat16()) - 1.0 * expected).max() <= 1
+    grey = to_rgb(bytes_[:, :1])
     assert grey.shape == (2, 5, 4, 3)
     assert (grey[..., 2] == bytes_[:, 0]).all()
 
 
 def test_resampling_may_overshoot() -> None:
     image = np.array([-0.04, 0.5, 1.04], np.float32).reshape(1, 1, 3)
-    assert overlay.to_rgb(image).ravel()[::3].tolist() == [0, 128, 255]
+    assert to_rgb(image).ravel()[::3].tolist() == [0, 128, 255]
 
 
 def test_pictures_that_are_none_are_refused() -> None:
     with pytest.raises(InputError, match="normalised"):
-        overlay.to_rgb(np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32))
+        to_rgb(np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32))
     with pytest.raises(InputError, match="normalised"):
-        overlay.to_rgb(np.full((3, 2, 2), np.nan))
+        to_rgb(np.full((3, 2, 2), np.nan))
     with pytest.raises(InputError, match="1 or 3 channels"):
-        overlay.to_rgb(np.zeros((4, 2, 2)))
+        to_rgb(np.zeros((4, 2, 2)))
     with pytest.raises(InputError, match="uint8 or floating"):
-        overlay.to_rgb(np.zeros((3, 2, 2), bool))
+        to_rgb(np.zeros((3, 2, 2), bool))
 
 
 @settings(max_examples=40, deadline=None)

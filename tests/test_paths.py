@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vistvis.decorators.paths import AttentionPath, StaticMetadata
 from vistvis.errors import InputError, StoreError
-from vistvis.paths import AttentionPath, OverlayOutputPath, StaticMetadata
+from vistvis.views.overlay_folder import OverlayOutputPath
 
 
 def touch(path: Path) -> Path:

@@ -14,10 +14,10 @@ from PIL import Image
 from pypdf import PdfReader
 
 from vistvis.errors import InputError, StoreError
-from vistvis.paths import OverlayOutputPath
-from vistvis.png import encode_png
+from vistvis.views.overlay_folder import OverlayOutputPath
 from vistvis.views.pdf import plot_attention_for_reconstruction
 from vistvis.views.pdffile import PdfPage
+from vistvis.views.png import encode_png
 
 
 def overlays(

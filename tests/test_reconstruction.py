@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 
 import vistvis
-from vistvis import Attention, SiteInfo, TokenLayout, overlay, state
-from vistvis.errors import IndexOutOfRange, InputError, LayoutError, StoreError
-from vistvis.files import read_attention, write
-from vistvis.paths import AttentionPath, StaticMetadata
-from vistvis.reconstruction import (
+from vistvis import Attention, SiteInfo, TokenLayout, state
+from vistvis.decorators.overlays import (
     overlay_query_to_frame_attention,
     run_overlay_for_reconstruction,
 )
+from vistvis.decorators.paths import AttentionPath, StaticMetadata
+from vistvis.errors import IndexOutOfRange, InputError, LayoutError, StoreError
+from vistvis.images import to_rgb
+from vistvis.store.formats import read_attention, write
 
 # Grid of 3 × 4 patches of 8 pixels, 2 special tokens, 3 frames: P = 14, N = 42.
 PATCH, SPECIAL, FRAMES, ROWS, COLS = 8, 2, 3, 3, 4
@@ -149,7 +150,7 @@ def test_key_frames_as_a_list_and_all_of_them(tmp_path: Path) -> None:
 def test_query_frames_show_the_query(tmp_path: Path) -> None:
     paths = stored(tmp_path, layers=(0,))
     draw(paths, tmp_path / "o", query_idx=[SPECIAL + 6, 1])
-    plain = overlay.to_rgb(pictures()[0, 1])
+    plain = to_rgb(pictures()[0, 1])
     patch = opened(tmp_path / "o/query_frames" / f"query_image_{SPECIAL + 6}.png") != plain
     rows, cols = np.nonzero(patch.any(-1))
     assert (rows.min(), rows.max(), cols.min(), cols.max()) == (6, 17, 14, 25)

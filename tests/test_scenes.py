@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rendering as scenes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rendering import Camera, Texture
 
-from vggt_adapter import scenes
-from vggt_adapter.scenes import Camera, Texture
 from vistvis.errors import InputError
 
 SIZE = (84, 112)

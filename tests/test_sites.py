@@ -10,7 +10,7 @@ from zoo import CrocoLike, Pi3Like, VGGTLike
 
 import vistvis
 from vistvis.errors import LayoutError, SiteError
-from vistvis.sites import choose_sites, find_sites
+from vistvis.models.sites import choose_sites, find_sites
 
 
 def test_a_table_of_names_kinds_heads_and_sources() -> None:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import vistvis
 from vistvis import Attention, SiteInfo, TokenLayout, WindowInfo
 from vistvis.errors import CaptureError, InputError, SiteError, StoreError
+from vistvis.images import image_tensor
 from vistvis.store import Run, RunWriter, open_run, reader, save_run
-from vistvis.store.given import image_tensor
 from vistvis.store.places import LocalFolder, RemoteFolder
 from vistvis.store.tensors import Encoded
 

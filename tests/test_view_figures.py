@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vistvis.overlay import normalizer
 from vistvis.views.figures import NotebookFigure, colour_bar, heat_axes, image_axes, outline_box
+from vistvis.views.painting import normalizer
 
 IMAGE = np.full((20, 30, 3), 128, np.uint8)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rendering as scenes
 import torch
 from PIL import Image
 
 import vggt_adapter
-from vggt_adapter import VGGT, AttentionExtractor, scenes
+from vggt_adapter import VGGT, AttentionExtractor
 from vistvis.errors import CheckpointError
 
 HOME = Path(vggt_adapter.__file__).parent

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import vistvis
 from vistvis import Attention, SiteInfo, WindowInfo
+from vistvis.attention.windows import place_in_windows, stitch
 from vistvis.errors import IndexOutOfRange, InputError
-from vistvis.windows import place_in_windows, stitch
 
 
 def numbered(rows: int, cols: int) -> Tensor:

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rendering as scenes
 import torch
 import torch.nn.functional as F
 from numpy.random import Generator
 from PIL import Image
+from rendering import Camera, Surface, Texture
 from tqdm import tqdm
-
-from vggt_adapter import scenes
-from vggt_adapter.scenes import Camera, Surface, Texture
 
 STEP = 7  # lattice step in pixels: half a patch
 SHARD = 50  # scenes in one file

@@ -3,7 +3,7 @@
     python training/samples.py
 
 Writes vggt_adapter/samples/view_{1,2,3}.jpg. The same script makes the same pictures again; their
-true correspondences come from `sample_scene` and `vggt_adapter.scenes.correspond`.
+true correspondences come from `sample_scene` and `rendering.correspond`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import rendering as scenes
 from PIL import Image
+from rendering import Camera, Surface, Texture
 from skimage import data
-
-from vggt_adapter import scenes
-from vggt_adapter.scenes import Camera, Surface, Texture
 
 OUT = Path(__file__).resolve().parent.parent / "vggt_adapter" / "samples"
 SIZE = (420, 560)

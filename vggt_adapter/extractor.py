@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vistvis.attention import Attention
-from vistvis.capture import Capture, capture
 from vistvis.errors import CaptureError, InputError, SiteError
-from vistvis.sites import find_sites
+from vistvis.hooks.capture import Capture, capture
+from vistvis.models.sites import find_sites
 from vistvis.tokens import TokenLayout
 
 ATTENTION_TYPES = ("frame", "global")

@@ -128,7 +128,7 @@ def draw_values(
     """
     if norm not in NORMS:
         raise InputError(f"norm is one of {', '.join(map(repr, NORMS))}, got {norm!r}")
-    from vistvis.overlay import normalizer
+    from vistvis.views.painting import normalizer
 
     # The scale comes from the maps, not from the resized ones: resizing softens the peaks.
     scale = normalizer(values.maps, norm=norm)
@@ -161,7 +161,7 @@ class _Look:
 
     def heatmap(self, axes: Axes, frame: int) -> None:
         """Weights in colour; where they are dark the picture shines through, faint and grey."""
-        from vistvis.overlay import colourise, resize
+        from vistvis.views.painting import colourise, resize
 
         picture = self.pictures[frame]
         # One frame at a time: all of them at full size are not needed at once.

@@ -15,8 +15,8 @@ from vggt_adapter.extractor import checked_blocks, find_aggregator, site_names, 
 from vggt_adapter.inputs import ATTENTION_TYPES
 from vggt_adapter.look import load_model, load_pictures
 from vistvis.attention import Attention
-from vistvis.capture import capture
 from vistvis.errors import SiteError
+from vistvis.hooks.capture import capture
 
 
 @dataclass(frozen=True, eq=False)

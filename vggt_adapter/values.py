@@ -103,7 +103,7 @@ class QueryValues:
     @cached_property
     def resized(self) -> FloatArray:
         """`(F, H, W)`: the maps at the size of the pictures, bilinear."""
-        from vistvis.overlay import resize
+        from vistvis.views.painting import resize
 
         return resize(self.maps, size=self.layout.image_size)
 

@@ -325,7 +325,7 @@ class TokenLayout:
         LayoutError
             If the model's grid or special tokens are not known; pass a layout by hand then.
         """
-        from vistvis.sites import layout_from_model
+        from vistvis.models.layouts import layout_from_model
 
         return layout_from_model(model, images)
 

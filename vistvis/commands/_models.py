@@ -135,11 +135,11 @@ class TimmModel:
         self.images = batch.to(device=place, dtype=kind)
 
     def names(self, sites: Sequence[str] | None) -> list[str]:
-        from vistvis.sites import choose_sites, find_sites
+        from vistvis.models.sites import choose_sites, find_sites
 
         return choose_sites(find_sites(self.model), None if sites is None else list(sites)).names
 
     def capture(self, sites: Sequence[str] | None, sink: Sink) -> AbstractContextManager[Any]:
-        from vistvis.capture import capture
+        from vistvis.hooks.capture import capture
 
         return capture(self.model, None if sites is None else list(sites), sink=sink)

@@ -64,7 +64,7 @@ def summary(stored: Run) -> dict[str, Any]:
 
 def lines(stored: Run, *, checked: bool) -> list[str]:
     """What is printed, for people."""
-    from vistvis.checks import bytes_text
+    from vistvis.attention.checks import bytes_text
 
     dense = 0
     rows = []

@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw, and print where."""
-    from vistvis.paths import StaticMetadata
-    from vistvis.reconstruction import run_overlay_for_reconstruction
+    from vistvis.decorators.overlays import run_overlay_for_reconstruction
+    from vistvis.decorators.paths import StaticMetadata
     from vistvis.views.pdf import plot_attention_for_reconstruction
 
     metadata = None
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def opened(source: str, attn_file: str, input_file: str) -> Any:
     """A run, or the paths of stored layers."""
-    from vistvis.paths import AttentionPath
+    from vistvis.decorators.paths import AttentionPath
     from vistvis.store import open_run
 
     folder = Path(source).expanduser()

@@ -53,11 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
     import numpy as np
     import torch
 
-    from vistvis.capture import capture
     from vistvis.commands import _models
     from vistvis.files import atomic_file
-    from vistvis.overlay import to_rgb
-    from vistvis.sites import find_sites
+    from vistvis.hooks.capture import capture
+    from vistvis.images import to_rgb
+    from vistvis.models.sites import find_sites
     from vistvis.tokens import TokenLayout
     from vistvis.views.heads import head_grid
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from vistvis.attention import Attention
+from vistvis.attention.site import SiteInfo
 from vistvis.errors import StoreError
-from vistvis.siteinfo import SiteInfo
-from vistvis.store.given import few
+from vistvis.names import few
 from vistvis.store.manifest import (
     IMAGES_FILE,
     NAME,

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vistvis.attention.site import SiteInfo
 from vistvis.errors import StoreError, VistvisError
-from vistvis.siteinfo import SiteInfo
 from vistvis.store.tensors import DTYPES, TensorRecord
 from vistvis.tokens import TokenLayout
 

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from vistvis.attention import Attention
-from vistvis.checks import bytes_text
+from vistvis.attention.checks import bytes_text
 from vistvis.errors import SiteError, StoreError, VistvisError
-from vistvis.store.given import few
+from vistvis.names import few
 from vistvis.store.manifest import NAME, FileRecord, Manifest, SiteRecord
 from vistvis.store.places import Place, place_of, reported
 from vistvis.store.tensors import check_header, crc32_of_file, from_bytes, map_file

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from vistvis.attention import Attention
-from vistvis.checks import describe
+from vistvis.attention.checks import describe
 from vistvis.errors import InputError, StoreError
-from vistvis.store.given import image_tensor, made_by, plain_metadata, site_names
+from vistvis.images import image_tensor
+from vistvis.store.given import made_by, plain_metadata, site_names
 from vistvis.store.ledger import Ledger
 from vistvis.store.manifest import Manifest
 from vistvis.store.places import Place, place_of, reported

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vistvis.errors import InputError
-from vistvis.overlay import as_array, normalizer, resize
 from vistvis.views.figures import NotebookFigure, colour_bar, heat_axes, image_axes, outline_box
+from vistvis.views.painting import as_array, normalizer, resize
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from vistvis.overlay import Values
+    from vistvis.views.painting import Values
 
 
 def head_grid(

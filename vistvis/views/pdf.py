@@ -12,7 +12,7 @@ from typing import Any
 
 from vistvis.errors import InputError, StoreError
 from vistvis.files import atomic_file
-from vistvis.paths import Head, Layer, OverlayOutputPath
+from vistvis.views.overlay_folder import Head, Layer, OverlayOutputPath
 from vistvis.views.pdffile import QUIET, PdfPage, text_width
 
 # Points of 1/72 inch. The longer side of a picture: large tables have the smallest, which is still

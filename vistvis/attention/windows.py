@@ -8,15 +8,14 @@ in it, and a row of weights finds its way back.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistvis.attention import Attention
+from vistvis.attention.site import WindowInfo
 from vistvis.errors import IndexOutOfRange, InputError
-from vistvis.siteinfo import WindowInfo
 
 
 def window_counts(info: WindowInfo) -> tuple[int, int]:
@@ -94,58 +93,3 @@ def stitch(
     where = torch.tensor(places, device=weights.device)
     out[:, where[:, 0], where[:, 1]] = weights[:, where[:, 2]]
     return out
-
-
-def window_of(
-    owner: nn.Module, shape: Sequence[int], sizes: Any, attention: Attention
-) -> WindowInfo | None:
-    """How `owner`, a block that cuts windows, did so; None unless everything fits together.
-
-    Parameters
-    ----------
-    owner
-        A block with `window_size` or `partition_size`, and perhaps `shift_size`.
-    shape
-        Of its input, `(B, rows, cols, C)`, or `(B, N, C)` with `sizes` as `(rows, cols)`.
-    attention
-        What its attention module gave, `(B · windows, h, n, n)`.
-    """
-    window = _pair(getattr(owner, "window_size", getattr(owner, "partition_size", None)))
-    grid = _pair(sizes) if len(shape) == 3 else (int(shape[1]), int(shape[2]))
-    if not window or not all(window) or grid is None or len(shape) not in (3, 4):
-        return None
-    shift = _pair(getattr(owner, "shift_size", 0)) or (0, 0)
-    strided = getattr(owner, "partition_block", True) is False
-    down, across = window_counts(WindowInfo(grid, window))
-    if type(owner).__module__.startswith("torchvision."):
-        # It decides while it runs that a window as large as the picture is not shifted.
-        shift = (0 if down == 1 else shift[0], 0 if across == 1 else shift[1])
-    fits = attention.shape[0] == int(shape[0]) * down * across
-    if not fits or tuple(attention.shape[2:]) != (window[0] * window[1],) * 2:
-        return None
-    return WindowInfo(grid, window, shift, strided)
-
-
-def _pair(value: Any) -> tuple[int, int] | None:
-    if isinstance(value, (tuple, list)):
-        return (int(value[0]), int(value[1])) if len(value) == 2 else None
-    try:
-        number = operator.index(value)
-    except TypeError:
-        return None
-    return number, number
-
-
-def window_owner(model: nn.Module, name: str, module: nn.Module) -> nn.Module | None:
-    """The block around an attention module that cuts windows for it."""
-    if type(module).__name__.startswith("ShiftedWindowAttention"):
-        return module
-    parts = name.split(".")[:-1]
-    for count in range(len(parts), max(len(parts) - 2, 0), -1):
-        try:
-            parent = model.get_submodule(".".join(parts[:count]))
-        except AttributeError:
-            return None
-        if hasattr(parent, "window_size") or hasattr(parent, "partition_size"):
-            return parent
-    return None

@@ -27,11 +27,6 @@ GREEN = (0, 215, 70)
 WHITE = (255, 255, 255)
 # Weights below a millionth of the largest are one colour on a log scale: they differ in rounding.
 _LOG_DECADES = 6
-# Resampling overshoots, so that a picture in 0…1 may reach a little beyond; one in 0…255 whose
-# largest value is this small would be black.
-_LARGEST_UNIT = 2.0
-_BELOW_ZERO = -0.5
-_LARGEST_BYTE = 320.0
 _LEVELS = 256
 
 
@@ -178,45 +173,6 @@ def _named_table(name: str) -> NDArray[np.uint8]:
     return colours
 
 
-def blend(
-    image: NDArray[np.uint8], heat: NDArray[np.uint8], *, alpha: float = 0.45
-) -> NDArray[np.uint8]:
-    """Lay colours over a picture: `(1 − alpha) · image + alpha · heat`, rounded.
-
-    Parameters
-    ----------
-    image, heat
-        uint8 `(..., H, W, 3)`, broadcast against each other.
-    alpha
-        Opacity of `heat`, 0 to 1.
-    """
-    check_alpha(alpha)
-    under, over = weighted(image, 1 - alpha), weighted(heat, alpha)
-    return mixed(under, over)
-
-
-def blend_levels(
-    image: NDArray[np.uint8],
-    entries: NDArray[np.uint8],
-    colours: NDArray[np.uint8],
-    *,
-    alpha: float = 0.45,
-) -> NDArray[np.uint8]:
-    """`blend(image, colours[entries])` without making the coloured map: the table is weighted once.
-
-    Parameters
-    ----------
-    image
-        uint8 `(H, W, 3)`.
-    entries
-        Entries of the table, uint8 `(H, W)`; see `levels`.
-    colours
-        uint8 `(256, 3)`; see `table`.
-    """
-    check_alpha(alpha)
-    return mixed(weighted(image, 1 - alpha), weighted(colours, alpha).take(entries, axis=0))
-
-
 def check_alpha(alpha: float) -> None:
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha is an opacity from 0 to 1, got {alpha}")
@@ -267,52 +223,6 @@ def outline(
     inside[:line] = inside[-line:] = colour
     inside[:, :line] = inside[:, -line:] = colour
     return marked
-
-
-def to_rgb(images: Values) -> NDArray[np.uint8]:
-    """Pictures as a model's input holds them, as uint8 RGB: `(..., C, H, W)` → `(..., H, W, 3)`.
-
-    Parameters
-    ----------
-    images
-        uint8, or floating in 0…1 or in 0…255 (told apart by the largest value of all pictures
-        given, a little overshoot of resampling included); one channel or three.
-
-    Raises
-    ------
-    InputError
-        For other shapes and dtypes, NaN, or values that no such picture has (an input normalised
-        by mean and standard deviation).
-    """
-    if isinstance(images, torch.Tensor):
-        tensor = images.detach().cpu()
-        images = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    array = np.asarray(images)
-    if array.ndim < 3 or array.shape[-3] not in (1, 3):
-        raise InputError(
-            f"pictures are (..., C, H, W) with 1 or 3 channels, got shape {array.shape}"
-        )
-    if array.dtype != np.uint8:
-        array = _to_bytes(array)
-    rgb = np.moveaxis(array, -3, -1)
-    if rgb.shape[-1] == 1:
-        rgb = np.broadcast_to(rgb, (*rgb.shape[:-1], 3))
-    return np.ascontiguousarray(rgb)
-
-
-def _to_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    if array.dtype.kind not in "fiu":
-        raise InputError(f"pictures are uint8 or floating, got {array.dtype}")
-    values = array.astype(np.float32)
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    if not (low >= _BELOW_ZERO and high <= _LARGEST_BYTE):
-        raise InputError(
-            f"floating pictures lie in 0…1 or 0…255, got values from {low:g} to {high:g}; where "
-            "they were normalised for the model, undo the mean and standard deviation"
-        )
-    if high <= _LARGEST_UNIT and array.dtype.kind == "f":
-        values *= 255
-    return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
 
 
 def as_array(values: Values) -> NDArray[np.float32]:

@@ -15,11 +15,11 @@ from typing import Any, SupportsIndex, TypeAlias
 import torch
 from torch import Tensor
 
-from vistvis import indexing
-from vistvis.checks import bytes_text, check_pair, checked_mask, checked_scale, describe
+from vistvis.attention import indexing
+from vistvis.attention.checks import bytes_text, check_pair, checked_mask, checked_scale, describe
+from vistvis.attention.indexing import ALL, Taken, take
+from vistvis.attention.site import SiteInfo
 from vistvis.errors import CaptureError, DenseLimitError, InputError
-from vistvis.indexing import ALL, Taken, take
-from vistvis.siteinfo import SiteInfo
 
 Selection: TypeAlias = "SupportsIndex | slice | Sequence[int] | Tensor | None"
 

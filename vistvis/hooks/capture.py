@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from vistvis.attention import Attention
+from vistvis.attention.site import SiteInfo, WindowInfo
 from vistvis.errors import CaptureError, InputError, LayoutError, SiteError
-from vistvis.kernels import (
+from vistvis.hooks.kernels import (
     SDPA,
     Keeping,
     KernelTap,
@@ -33,11 +34,11 @@ from vistvis.kernels import (
     stack_heads,
     unpack_groups,
 )
-from vistvis.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
-from vistvis.patching import Forward, attach, detach
-from vistvis.projections import ProjectionTap
-from vistvis.siteinfo import SiteInfo, WindowInfo
-from vistvis.sites import (
+from vistvis.hooks.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
+from vistvis.hooks.patching import Forward, attach, detach
+from vistvis.hooks.projections import ProjectionTap
+from vistvis.hooks.verify import verify_reading
+from vistvis.models.sites import (
     HEAD_BY_HEAD,
     UNREADABLE,
     Chooser,
@@ -48,9 +49,8 @@ from vistvis.sites import (
     layout_from_model,
     reached_names,
 )
+from vistvis.models.windows import window_of, window_owner
 from vistvis.tokens import TokenLayout
-from vistvis.verify import verify_reading
-from vistvis.windows import window_of, window_owner
 
 Describe = Callable[[SiteInfo], SiteInfo]
 LayoutOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], "TokenLayout | None"]

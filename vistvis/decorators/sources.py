@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
-from vistvis import overlay
 from vistvis.attention import Attention
+from vistvis.decorators.paths import AttentionPath, StaticMetadata
 from vistvis.errors import IndexOutOfRange, InputError, LayoutError, StoreError
-from vistvis.files import read, read_attention
-from vistvis.paths import AttentionPath, Layer, StaticMetadata
-from vistvis.sites import matches
+from vistvis.images import to_rgb
+from vistvis.names import matches
+from vistvis.store.formats import read, read_attention
 from vistvis.tokens import TokenLayout
+from vistvis.views.overlay_folder import Layer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +98,7 @@ class FileSource(Source):
                 "a single picture is images[None, None]"
             )
         self.batch = index_of(batch, images.shape[0], "batch_idx")
-        self.images = overlay.to_rgb(images[self.batch])
+        self.images = to_rgb(images[self.batch])
         frames, height, width, _ = self.images.shape
         self.layout = self._metadata.layout(frames, (height, width))
 
@@ -160,7 +161,7 @@ class RunSource(Source):
         if len(shape) == 4:  # frames of one scene; or, for a model of single pictures, a batch
             images = images[None] if layout.frames == shape[0] else images[:, None]
         self.batch = index_of(batch, images.shape[0], "batch_idx")
-        self.images = overlay.to_rgb(images[self.batch])
+        self.images = to_rgb(images[self.batch])
         if len(self.images) != layout.frames:
             raise LayoutError(
                 f"the layout says {layout}, but there are pictures of shape {shape}; store what "

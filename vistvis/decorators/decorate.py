@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from vistvis.checks import describe
+from vistvis.attention.checks import describe
 from vistvis.errors import InputError, VistvisWarning
-from vistvis.files import checked_format, checked_name, inside, write
+from vistvis.files import checked_name, inside
 from vistvis.state import LayerCounter, state
+from vistvis.store.formats import checked_format, write
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -17,20 +17,9 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import torch
 
-from vistvis import overlay
 from vistvis.attention import Attention
-from vistvis.errors import InputError, StoreError
-from vistvis.files import atomic_file, read_attention
-from vistvis.paths import (
-    AttentionPath,
-    Head,
-    Layer,
-    OverlayOutputPath,
-    StaticMetadata,
-    overlay_name,
-)
-from vistvis.png import encode_png
-from vistvis.sources import (
+from vistvis.decorators.paths import AttentionPath, StaticMetadata
+from vistvis.decorators.sources import (
     Asked,
     FileSource,
     Frames,
@@ -41,6 +30,12 @@ from vistvis.sources import (
     index_of,
     opened,
 )
+from vistvis.errors import InputError, StoreError
+from vistvis.files import atomic_file
+from vistvis.store.formats import read_attention
+from vistvis.views import painting
+from vistvis.views.overlay_folder import Head, Layer, OverlayOutputPath, overlay_name
+from vistvis.views.png import encode_png
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -176,7 +171,7 @@ def overlay_query_to_frame_attention(
     Parameters
     ----------
     attn_path
-        Weights `(B, h, Nq, Nk)`, or queries and keys; see `vistvis.files`.
+        Weights `(B, h, Nq, Nk)`, or queries and keys; see `vistvis.store.formats`.
     input_path
         Pictures `(B, S, C, H, W)`, uint8 or floating in 0…1 or 0…255, 1 or 3 channels.
     query_output_path
@@ -244,7 +239,7 @@ def _maps(
     rows = attention.rows(list(place.rows), batch=place.batch, heads=numbers)[0]
     _check_rows(layer, attention, rows)
     parts = torch.stack([rows[..., keys] for keys in place.keys], 2)
-    by_head = overlay.as_array(parts.reshape(*parts.shape[:3], *place.grid))
+    by_head = painting.as_array(parts.reshape(*parts.shape[:3], *place.grid))
     if numbers is None:
         mean = by_head.mean(0, dtype=np.float64).astype(np.float32)
         return {head: mean if head == "mean" else by_head[int(head)] for head in heads}
@@ -285,16 +280,16 @@ class _Brush:
         alpha: float,
         eps: float,
     ) -> None:
-        overlay.check_alpha(alpha)
-        self._under = {k: overlay.weighted(images[k], 1 - alpha) for k in frames}
-        self._over = overlay.weighted(overlay.table(cmap_name), alpha)
+        painting.check_alpha(alpha)
+        self._under = {k: painting.weighted(images[k], 1 - alpha) for k in frames}
+        self._over = painting.weighted(painting.table(cmap_name), alpha)
         self._eps = eps
 
     def paint(self, weights: NDArray[np.float32], frame: int) -> NDArray[np.uint8]:
         """One overlay `(H, W, 3)` from one map `(rows, cols)`."""
         under = self._under[frame]
-        scalar = overlay.resize(overlay.stretch(weights, eps=self._eps), under.shape[:2])
-        return overlay.mixed(under, self._over.take(overlay.levels(scalar), axis=0))
+        scalar = painting.resize(painting.stretch(weights, eps=self._eps), under.shape[:2])
+        return painting.mixed(under, self._over.take(painting.levels(scalar), axis=0))
 
 
 class _Writer:
@@ -365,8 +360,8 @@ def _outlined(picture: NDArray[np.uint8], box: tuple[int, int, int, int]) -> NDA
     """The box in green, within white: one of the two stands out on any picture."""
     x0, y0, x1, y1 = box
     around = x0 - _RING, y0 - _RING, x1 + _RING, y1 + _RING
-    ringed = overlay.outline(picture, around, colour=overlay.WHITE, width=_RING)
-    return overlay.outline(ringed, box)
+    ringed = painting.outline(picture, around, colour=painting.WHITE, width=_RING)
+    return painting.outline(ringed, box)
 
 
 def _make(folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import activation, transformer
 
 from vistvis.attention import Attention
-from vistvis.kernels import (
+from vistvis.hooks.kernels import (
     SDPA,
     Keeping,
     Reading,

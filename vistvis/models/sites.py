@@ -8,8 +8,6 @@ attention over tokens and are not.
 
 from __future__ import annotations
 
-import difflib
-import functools
 import inspect
 import re
 import weakref
@@ -22,7 +20,8 @@ import torch
 from torch import nn
 
 from vistvis.errors import SiteError
-from vistvis.layouts import layout_from_model as layout_from_model
+from vistvis.models.layouts import layout_from_model as layout_from_model
+from vistvis.names import matches, nearest
 
 Chooser: TypeAlias = "str | Sequence[str] | Callable[[Site], bool] | None"
 
@@ -226,22 +225,10 @@ def _readable(found: SiteList, sites: SiteList) -> SiteList:
     return readable
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a site's dotted name fits a pattern: `*` stays within one part, `**` crosses dots."""
-    return _glob(pattern).fullmatch(name) is not None
-
-
-@functools.lru_cache(maxsize=256)
-def _glob(pattern: str) -> re.Pattern[str]:
-    pieces = re.split(r"(\*\*\.|\.\*\*|\*\*|\*|\?)", pattern)
-    turned = {"**.": r"(?:.*\.)?", ".**": r"(?:\..*)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
-    return re.compile("".join(turned.get(piece, re.escape(piece)) for piece in pieces))
-
-
 def _no_match(pattern: str, sites: SiteList) -> str:
-    near = difflib.get_close_matches(pattern, sites.names, n=3, cutoff=0.3)
-    nearest = f"nearest: {', '.join(near)}" if near else _some(sites.names)
-    return f"no site {pattern!r}: {nearest}; list them with find_sites(model)"
+    near = nearest(pattern, sites.names, cutoff=0.3)
+    hint = f"nearest: {', '.join(near)}" if near else _some(sites.names)
+    return f"no site {pattern!r}: {hint}; list them with find_sites(model)"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,0 +1,12 @@
+"""The hinge between models and everything that looks at attention.
+
+`Attention` holds the queries and keys of one site and computes weights for what is asked; left of
+it models are known, right of it they are not.
+"""
+
+from __future__ import annotations
+
+from vistvis.attention.lazy import DENSE_LIMIT as DENSE_LIMIT
+from vistvis.attention.lazy import Attention as Attention
+from vistvis.attention.site import SiteInfo as SiteInfo
+from vistvis.attention.site import WindowInfo as WindowInfo

@@ -1,0 +1,111 @@
+"""Pictures as callers hold them, as the tensors and arrays that are stored and drawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vistvis.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Values: TypeAlias = "NDArray[Any] | Tensor"
+
+# Resampling overshoots, so that a picture in 0…1 may reach a little beyond; one in 0…255 whose
+# largest value is this small would be black.
+_LARGEST_UNIT = 2.0
+_BELOW_ZERO = -0.5
+_LARGEST_BYTE = 320.0
+
+
+def to_rgb(images: Values) -> NDArray[np.uint8]:
+    """Pictures as a model's input holds them, as uint8 RGB: `(..., C, H, W)` → `(..., H, W, 3)`.
+
+    Parameters
+    ----------
+    images
+        uint8, or floating in 0…1 or in 0…255 (told apart by the largest value of all pictures
+        given, a little overshoot of resampling included); one channel or three.
+
+    Raises
+    ------
+    InputError
+        For other shapes and dtypes, NaN, or values that no such picture has (an input normalised
+        by mean and standard deviation).
+    """
+    array = _array(images)
+    if array.dtype != np.uint8:
+        array = np.rint(255 * _unit(array, "[0, 1] or [0, 255]", _LARGEST_BYTE)).astype(np.uint8)
+    return np.ascontiguousarray(_channels_last(array))
+
+
+def to_unit(images: Values) -> NDArray[np.float32]:
+    """The same as float32 in 0…1, without rounding; floating pictures have to lie there already.
+
+    No copy where values and dtype are right as they are.
+    """
+    return _channels_last(_unit(_array(images), "[0, 1]", _LARGEST_UNIT))
+
+
+def _array(images: Values) -> NDArray[Any]:
+    if isinstance(images, Tensor):
+        tensor = images.detach().cpu()
+        images = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    array = np.asarray(images)
+    if array.ndim < 3 or array.shape[-3] not in (1, 3):
+        raise InputError(
+            f"pictures are (..., C, H, W) with 1 or 3 channels, got shape {array.shape}"
+        )
+    return array
+
+
+def _unit(array: NDArray[Any], usual: str, largest: float) -> NDArray[np.float32]:
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"pictures are uint8 or floating, got {array.dtype}")
+    values: NDArray[np.float32] = array.astype(np.float32, copy=False)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    whole = array.dtype.kind != "f"
+    if not (low >= _BELOW_ZERO and high <= (_LARGEST_BYTE if whole else largest)):
+        raise InputError(
+            f"floating pictures lie in {usual}, got values from {low:g} to {high:g}; divide by "
+            "255, or where they were normalised for the model, undo mean and standard deviation"
+        )
+    if whole or high > _LARGEST_UNIT:
+        values, high = values / np.float32(255), high / 255
+    return values if low >= 0 and high <= 1 else np.clip(values, 0, 1)
+
+
+def _channels_last(array: NDArray[Any]) -> NDArray[Any]:
+    moved = np.moveaxis(array, -3, -1)
+    return moved if moved.shape[-1] == 3 else np.broadcast_to(moved, (*moved.shape[:-1], 3))
+
+
+def image_tensor(images: Any) -> Tensor:
+    """Pictures as one tensor, as they are: dtype, range and shape are kept.
+
+    Raises
+    ------
+    InputError
+        If they are not `(S, C, H, W)`, `(B, S, C, H, W)`, or a list of equal pictures.
+    """
+    if not isinstance(images, (Tensor, np.ndarray)) or images.ndim == 3:
+        if isinstance(images, (Tensor, np.ndarray)):
+            images = [images]
+        arrays = [p if isinstance(p, Tensor) else torch.as_tensor(np.array(p)) for p in images]
+        if not arrays or len({array.shape for array in arrays}) > 1:
+            shapes = [tuple(array.shape) for array in arrays]
+            raise InputError(f"a list of pictures has at least one, all of one shape, got {shapes}")
+        images = torch.stack(arrays)
+        if images.ndim == 4 and images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
+            images = images.permute(0, 3, 1, 2)
+    tensor = torch.as_tensor(images)
+    if tensor.ndim not in (4, 5) or tensor.shape[-3] not in (1, 3):
+        raise InputError(
+            "images are (S, C, H, W) or (B, S, C, H, W) with 1 or 3 channels, or a list of "
+            f"pictures (H, W, 3), got {tuple(tensor.shape)}"
+        )
+    return tensor.detach()

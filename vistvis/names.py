@@ -1,0 +1,38 @@
+"""Names that people type: one dialect of globs, the nearest names, and short lists for messages."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Sequence
+
+_PIECES = {"**.": r"(?:.*\.)?", ".**": r"(?:\..*)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a dotted name fits a glob: `*` stays within one part, `**` crosses dots."""
+    return _glob(pattern).fullmatch(name) is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _glob(pattern: str) -> re.Pattern[str]:
+    pieces = re.split(r"(\*\*\.|\.\*\*|\*\*|\*|\?)", pattern)
+    return re.compile("".join(_PIECES.get(piece, re.escape(piece)) for piece in pieces))
+
+
+def nearest(name: str, known: Iterable[str], *, count: int = 3, cutoff: float = 0.6) -> list[str]:
+    """The known names that look most like `name`, the best first."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)
+
+
+def suggestion(name: str, known: Iterable[str], *, otherwise: str) -> str:
+    """For messages: "did you mean 'x'?", or `otherwise` where nothing is near."""
+    near = nearest(name, known, count=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+def few(names: Sequence[str], *, count: int = 5) -> str:
+    """For messages: the first names, quoted, and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:count])
+    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"

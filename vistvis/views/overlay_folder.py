@@ -1,0 +1,102 @@
+"""Where overlays lie: one folder for each layer and head, one picture for each query."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import quote, unquote
+
+from vistvis.files import checked_name
+
+Layer: TypeAlias = "int | str"
+"""A layer's number; in a run, a site's name."""
+Head: TypeAlias = "int | str"
+"""A head's number, or `"mean"`."""
+
+
+@dataclass(frozen=True)
+class OverlayOutputPath:
+    """Where overlays are written, and PDF pages found.
+
+        <output_path>/query_frames/query_image_<q>.png
+        <output_path>/layer=layer_<i>/head=<h>/overlays/overlay_<q>.png
+
+    For a site of a run its name stands in the place of `layer_<i>`. Where several key frames were
+    asked for, the file is `overlay_<q>_frame_<k>.png`.
+    """
+
+    output_path: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_path", os.path.expanduser(os.fspath(self.output_path)))
+
+    @property
+    def query_frames_dir(self) -> str:
+        return os.path.join(self.output_path, "query_frames")
+
+    def query_file(self, query_idx: int) -> str:
+        """The picture with the query outlined."""
+        return os.path.join(self.query_frames_dir, f"query_image_{query_idx}.png")
+
+    def layer_dir(self, layer_id: Layer) -> str:
+        # A site's name may hold anything; quoted, it is one component and can be read back.
+        name = f"layer_{layer_id}" if isinstance(layer_id, int) else quote(layer_id, safe=" ")
+        return os.path.join(self.output_path, f"layer={checked_name(name, 'layer')}")
+
+    def head_dir(self, layer_id: Layer, head: Head) -> str:
+        return os.path.join(self.layer_dir(layer_id), checked_name(f"head={head}", "head"))
+
+    def overlay_file(
+        self, layer_id: Layer, head: Head, query_idx: int, key_frame_idx: int | None = None
+    ) -> str:
+        name = overlay_name(query_idx, key_frame_idx)
+        return os.path.join(self.head_dir(layer_id, head), "overlays", name)
+
+    def list_layers(self) -> list[Layer]:
+        """Layers in numeric order, then sites by name, numbers in names in numeric order."""
+        found: list[Layer] = []
+        for name in listed(self.output_path, "layer="):
+            number = re.fullmatch(r"layer_(\d+)", str(name))
+            found.append(int(number[1]) if number else unquote(str(name)))
+        return sorted(found, key=_natural)
+
+    def list_heads(self, layer_id: Layer) -> list[Head]:
+        """Numbered heads in order, then others such as "mean"."""
+        return sorted(listed(self.layer_dir(layer_id), "head="), key=_natural)
+
+    def list_queries(self, layer_id: Layer, head: Head) -> list[tuple[int, int | None]]:
+        """`(query, key frame)` of every overlay; the key frame is None where the name has none."""
+        folder = Path(self.head_dir(layer_id, head), "overlays")
+        found = set()
+        for path in folder.glob("overlay_*.png"):
+            parts = re.fullmatch(r"overlay_(\d+)(?:_frame_(\d+))?\.png", path.name)
+            if parts:
+                found.add((int(parts[1]), None if parts[2] is None else int(parts[2])))
+        return sorted(found, key=lambda pair: (pair[0], -1 if pair[1] is None else pair[1]))
+
+
+def overlay_name(query_idx: int, key_frame_idx: int | None = None) -> str:
+    """The file name of an overlay."""
+    frame = "" if key_frame_idx is None else f"_frame_{key_frame_idx}"
+    return f"overlay_{query_idx}{frame}.png"
+
+
+def listed(folder: str, prefix: str) -> list[Layer]:
+    """What follows `prefix` in the names of the folders in `folder`; numbers as ints."""
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    rests = [name[len(prefix) :] for name in names if name.startswith(prefix)]
+    # Only digits as Python writes them: "٣" is a digit too, and "007" another folder than "7".
+    return [int(r) if re.fullmatch(r"0|[1-9][0-9]*", r) else r for r in rests if r]
+
+
+def _natural(value: Layer) -> tuple[Any, ...]:
+    if isinstance(value, int):
+        return (0, [(0, value)])
+    parts = re.split(r"([0-9]+)", value)
+    return (1, [(0, int(p)) if p.isdigit() and p.isascii() else (1, p) for p in parts])
