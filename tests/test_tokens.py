@@ -114,6 +114,21 @@ def test_corners_and_center() -> None:
         layout.corner("upper left")
 
 
+def test_each_side_of_attention_has_the_layout_that_fits() -> None:
+    layout = TokenLayout(3, (2, 4), ("cls",))
+    one = layout.frame_layout()
+    assert layout.sides(27, 27) == (layout, layout)
+    assert layout.sides(9, 9) == (one, one)
+    assert layout.sides(9, 27) == (one, layout)
+    assert layout.sides(27, 9) == (layout, None)  # nothing says whose keys these are
+    assert layout.sides(27, 8) == (layout, None)
+    assert layout.sides(77, 9) == (None, one)
+    assert layout.sides(9, 77) == (one, None)
+    assert layout.sides(18, 18) == (None, None)
+    assert one.sides(9, 9) == (one, one)
+    assert one.sides(9, 27) == (one, None)
+
+
 def test_past_the_end_is_the_last_patch_of_the_last_frame() -> None:
     layout = TokenLayout(2, (3, 5), ("cls",))
     assert layout.nearest_patch(10_000) == layout.corner("bottom right", frame=1)

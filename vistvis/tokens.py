@@ -284,9 +284,22 @@ class TokenLayout:
         framed = row.reshape(*lead, self.frames, self.tokens_per_frame)
         return framed[..., self.num_special :].reshape(*lead, self.frames, *self.grid)
 
+    # -- layouts of the sides of an attention ----------------------------------------------------
+
     def frame_layout(self) -> TokenLayout:
         """The layout of a single frame: what frame attention sees."""
         return replace(self, frames=1)
+
+    def sides(self, queries: int, keys: int) -> tuple[TokenLayout | None, TokenLayout | None]:
+        """The layouts of the query and of the key side of attention with so many of each.
+
+        Each is this layout (all frames), `frame_layout()` (one frame) or None (neither fits). Keys
+        of one frame have none where the queries cover several: nothing says whose keys they are.
+        """
+        fitting = {self.tokens_per_frame: self.frame_layout(), self.num_tokens: self}
+        if self.frames > 1 and queries == self.num_tokens:
+            return self, self if keys == queries else None
+        return fitting.get(queries), fitting.get(keys)
 
     # -- to and from plain data ----------------------------------------------------------------
 
