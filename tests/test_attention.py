@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -299,6 +300,17 @@ def test_site_travels_and_round_trips() -> None:
     assert attention.site.patch_size == (14, 14)
     with pytest.raises(InputError, match="not a site description"):
         SiteInfo.from_dict({"nom": "x"})
+
+
+def test_a_renamed_site_keeps_its_path() -> None:
+    site = SiteInfo("blocks.3.attn", kind="global")
+    assert site.path == site.name
+    assert "path" not in site.to_dict()  # what is on disk already reads and looks the same
+    renamed = replace(site, name="global_block_3")
+    assert (renamed.name, renamed.path) == ("global_block_3", "blocks.3.attn")
+    assert renamed.to_dict()["path"] == "blocks.3.attn"
+    for one in (site, renamed):
+        assert SiteInfo.from_dict(one.to_dict()) == one
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,12 @@ class WindowInfo:
 class SiteInfo:
     """Which attention module weights come from, and what their indices mean.
 
-    `frames_in_batch` says that frames are folded into the batch: batch index `b · S + s`.
-    `rope` is False where queries and keys were taken before their rotary embedding on purpose, and
-    None where there is nothing to say. `source` says how they were read: "kernel", "projection",
-    "softmax", "module" or "given".
+    `name` is what the site is called everywhere: the dotted name of its module, or the name that a
+    front end gave it; `path` is the dotted name in either case. `source` says how the site was
+    read: "kernel", "softmax", "module" or "projection", or "given" where nothing was. `rope` is
+    False where queries and keys were taken before their rotary embedding on purpose, and None where
+    there is nothing to say. `frames_in_batch` says that frames are folded into the batch: batch
+    index `b · S + s`.
     """
 
     name: str
@@ -45,6 +47,10 @@ class SiteInfo:
     rope: bool | None = None
     source: str = "given"
     window: WindowInfo | None = None
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", self.path or self.name)
 
     @property
     def patch_size(self) -> tuple[int, int] | None:
@@ -58,24 +64,26 @@ class SiteInfo:
         for side in ("query_layout", "key_layout"):
             layout: TokenLayout | None = getattr(self, side)
             data[side] = layout.to_dict() if layout else None
+        if self.path == self.name:
+            del data["path"]
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SiteInfo:
         """The reverse of `to_dict`."""
-        known = dict(data)
+        fields = dict(data)
         for side in ("query_layout", "key_layout"):
-            if known.get(side):
-                known[side] = TokenLayout.from_dict(known[side])
-        if known.get("window"):
-            window = known["window"]
-            known["window"] = WindowInfo(
+            if fields.get(side):
+                fields[side] = TokenLayout.from_dict(fields[side])
+        if fields.get("window"):
+            window = fields["window"]
+            fields["window"] = WindowInfo(
                 tuple(window["grid"]),
                 tuple(window["window"]),
                 tuple(window["shift"]),
                 window["strided"],
             )
         try:
-            return cls(**known)
+            return cls(**fields)
         except TypeError as error:
             raise InputError(f"not a site description: {error}") from error
