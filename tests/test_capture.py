@@ -21,7 +21,8 @@ from zoo import Block, VGGTAttention, VGGTLike
 import vistvis
 from vistvis import Attention
 from vistvis.errors import CaptureError, InputError, SiteError
-from vistvis.hooks import kernels, patching
+from vistvis.hooks import patching
+from vistvis.hooks.readings import KernelReader
 
 GLOBAL = "global_blocks.1.attn"
 FRAME = "frame_blocks.0.attn"
@@ -206,12 +207,12 @@ def test_verify_passes_and_can_fail(
         model(images)
     assert len(captured) == 4
 
-    real = kernels.read_sdpa
+    real = KernelReader.sdpa
 
-    def one_token_off(call: Any, *rest: Any) -> Any:
-        return real(call._replace(key=call.key.roll(1, -2)), *rest)
+    def one_token_off(reader: KernelReader, call: Any, *rest: Any) -> Any:
+        return real(reader, call._replace(key=call.key.roll(1, -2)), *rest)
 
-    monkeypatch.setattr(kernels, "read_sdpa", one_token_off)
+    monkeypatch.setattr(KernelReader, "sdpa", one_token_off)
     capture = vistvis.capture(model, GLOBAL, verify=True)
     with pytest.raises(CaptureError, match=r"'global_blocks\.1\.attn': weights @ V differs"):  # noqa: SIM117
         with torch.no_grad(), capture:
@@ -229,12 +230,12 @@ def test_verify_is_strict_behind_large_masks(
     with vistvis.capture(model, verify=True) as captured:
         model(X.to(dtype))
     assert captured["Kernel"].shape == (2, 2, 6, 6)
-    real = kernels.read_sdpa
+    real = KernelReader.sdpa
 
-    def dropped(call: Any, *rest: Any) -> Any:
-        return real(call._replace(attn_mask=None), *rest)
+    def dropped(reader: KernelReader, call: Any, *rest: Any) -> Any:
+        return real(reader, call._replace(attn_mask=None), *rest)
 
-    monkeypatch.setattr(kernels, "read_sdpa", dropped)
+    monkeypatch.setattr(KernelReader, "sdpa", dropped)
     with pytest.raises(CaptureError, match="weights @ V differs"):  # noqa: SIM117
         with vistvis.capture(model, verify=True):
             model(X.to(dtype))
@@ -305,7 +306,7 @@ def test_recomputation_in_the_backward_pass_is_ignored(model: VGGTLike, images: 
     model.train()
     with vistvis.capture(model) as captured:
         model(images)[-1].sum().backward()
-    assert all(count == 1 for count in captured._fired.values())
+    assert all(count == 1 for count in captured._results.fired.values())
     assert captured[GLOBAL].shape == (1, 4, 33, 33)
 
 
@@ -510,8 +511,7 @@ def test_after_an_error_in_the_middle_of_a_kernel(
 def test_after_a_registration_that_fails_halfway(
     model: VGGTLike, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], when: int
 ) -> None:
-    # The package's name `capture` is the function; its module is found by name.
-    module = sys.modules["vistvis.hooks.capture"]
+    module = sys.modules["vistvis.hooks.watching"]
     before, real, count = state_of(model), patching.attach, 0
 
     def fails(*args: Any, **kwargs: Any) -> None:

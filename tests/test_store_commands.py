@@ -16,7 +16,7 @@ from PIL import Image
 import vistvis
 from vggt_adapter import VGGT, AttentionExtractor, VGGTConfig, save_checkpoint
 from vistvis.cli import main
-from vistvis.commands import _models
+from vistvis.models import loading as _models
 from vistvis.store import RunWriter, open_run
 
 TIMM = "vit_tiny_patch16_224@random"

@@ -6,11 +6,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from vistvis.devices import DTYPES
+
 if TYPE_CHECKING:
     from vistvis.attention import Attention
-    from vistvis.commands._models import Sink
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 HELP = "run a model over pictures and store the queries and keys of its attention"
 
@@ -53,7 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `vistvis store`; prints what was stored."""
     import torch
 
-    from vistvis.commands._models import load
+    from vistvis.hooks.capture import capture
+    from vistvis.models.loading import load
+    from vistvis.progress import progress
     from vistvis.store import RunWriter, open_run
 
     loaded = load(
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         size=arguments.size,
     )
-    names = loaded.names(arguments.sites)
+    names = loaded.sites(arguments.sites).names
     with RunWriter(
         arguments.out,
         expected=names,
@@ -76,25 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
         resume=not arguments.anew,
     ) as writer:
         had = len(writer.finished)
-        with loaded.capture(arguments.sites, _Bar(writer, len(names))), torch.no_grad():
+        bar = progress(None, "storing", unit="site", total=len(names), shown=None)
+
+        def sink(name: str, attention: Attention) -> None:
+            writer(name, attention)
+            bar.update()
+
+        with bar, capture(loaded.watched, names, sink=sink, names=loaded.names), torch.no_grad():
             loaded.model(loaded.images)
     stored = open_run(arguments.out)
     went_on = f", {had} of them before" if had else ""
     sys.stdout.write(f"{stored!r}{went_on}\n")
     return 0
-
-
-class _Bar:
-    """A sink that moves a bar on its way, where somebody is watching a terminal."""
-
-    def __init__(self, sink: Sink, total: int) -> None:
-        from tqdm import tqdm
-
-        self._sink = sink
-        self._bar = tqdm(total=total, desc="storing", unit="site", disable=None)
-
-    def __call__(self, name: str, attention: Attention) -> None:
-        self._sink(name, attention)
-        self._bar.update()
-        if self._bar.n == self._bar.total:
-            self._bar.close()

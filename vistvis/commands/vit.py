@@ -53,16 +53,16 @@ def run(arguments: argparse.Namespace) -> int:
     import numpy as np
     import torch
 
-    from vistvis.commands import _models
     from vistvis.files import atomic_file
     from vistvis.hooks.capture import capture
     from vistvis.images import to_rgb
+    from vistvis.models import loading
     from vistvis.models.sites import find_sites
     from vistvis.tokens import TokenLayout
     from vistvis.views.heads import head_grid
 
     name = arguments.model + (f"@{arguments.weights}" if arguments.weights else "")
-    loaded: Any = _models.load(
+    loaded = loading.load(
         name,
         images=[arguments.photo],
         device=arguments.device,

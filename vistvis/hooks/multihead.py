@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.nn.modules import activation, transformer
 
 from vistvis.attention import Attention
-from vistvis.hooks.kernels import (
+from vistvis.hooks.folding import UnreadableError
+from vistvis.hooks.readings import (
     SDPA,
     Keeping,
+    KernelReader,
+    Notes,
     Reading,
     SdpaCall,
-    UnreadableError,
     autocast_dtype,
-    error_text,
     keep,
-    read_sdpa,
 )
 
 MULTIHEAD_FORWARD = F.multi_head_attention_forward
@@ -62,15 +62,14 @@ class MultiheadReader:
 
     def __init__(self, keeping: Keeping) -> None:
         self.keeping = keeping
-        self.readings: list[Reading] = []
-        self.problems: list[str] = []
+        self.notes = Notes()
         self._heads = 1
         self._soft: Tensor | None = None
 
     def can_run(self, original: Any) -> bool:
         """Whether `original` is PyTorch's own code, which this class knows."""
-        known = (nn.MultiheadAttention.forward, nn.TransformerEncoderLayer.forward)
-        return isinstance(original, MethodType) and original.__func__ in known
+        own = (nn.MultiheadAttention.forward, nn.TransformerEncoderLayer.forward)
+        return isinstance(original, MethodType) and original.__func__ in own
 
     def run(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the `forward` of an `nn.MultiheadAttention` or `nn.TransformerEncoderLayer`."""
@@ -103,14 +102,8 @@ class MultiheadReader:
 
     def _sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
         out = SDPA(*args, **kwargs)
-        self._record(
-            lambda: read_sdpa(
-                SdpaCall(*args, **kwargs),
-                out,
-                *(self._heads, None, self.keeping, None),
-                autocast_dtype(out),
-            )
-        )
+        reader = KernelReader(self.keeping, self._heads)
+        self._record(lambda: reader.sdpa(SdpaCall(*args, **kwargs), out, autocast_dtype(out)))
         return out
 
     def _softmax(self, scores: Tensor, dim: int) -> Tensor:
@@ -118,7 +111,7 @@ class MultiheadReader:
         return self._soft
 
     def _dropout(self, weights: Tensor, p: float) -> Tensor:
-        self.problems.append(f"dropout is active on its weights (p={p:g}); call model.eval()")
+        self.notes.problems.append(f"dropout is active on its weights (p={p:g}); call model.eval()")
         return F.dropout(weights, p=p)
 
     def _bmm(self, first: Tensor, second: Tensor) -> Tensor:
@@ -201,11 +194,8 @@ class MultiheadReader:
         return Reading(attention, "module")
 
     def _record(self, read: Callable[[], Reading]) -> None:
-        try:
-            with torch.no_grad():
-                self.readings.append(read())
-        except Exception as error:  # the user's forward goes on; raised at access
-            self.readings.append(Reading(None, "module", error=error_text(error)))
+        with torch.no_grad():
+            self.notes.take("module", read)
 
 
 def _native_mask(mask: Tensor, kind: int) -> Tensor:
@@ -221,11 +211,11 @@ def encoder_layers(
     model: nn.Module, attentions: Sequence[nn.Module]
 ) -> list[nn.TransformerEncoderLayer]:
     """Encoder layers whose fused path would skip the forward of one of these modules."""
-    wanted = {id(module) for module in attentions}
+    watched = {id(module) for module in attentions}
     return [
         module
         for module in model.modules()
         if isinstance(module, nn.TransformerEncoderLayer)
         and type(module).forward is nn.TransformerEncoderLayer.forward
-        and id(module.self_attn) in wanted
+        and id(module.self_attn) in watched
     ]

@@ -10,17 +10,13 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from torch import nn
 
-Forward = Callable[..., Any]
-
-
-class Listener(Protocol):
-    """What wraps one module's method; called around it, in place of it."""
-
-    def around(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+Forward: TypeAlias = Callable[..., Any]
+Listener: TypeAlias = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
+"""What wraps one module's method: called with it and its arguments, in place of it."""
 
 
 class _Patch:
@@ -52,7 +48,7 @@ _PATCHES: weakref.WeakKeyDictionary[nn.Module, dict[str, _Patch]] = weakref.Weak
 def _wrap(original: Forward, listener: Listener) -> Forward:
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return listener.around(original, args, kwargs)
+        return listener(original, args, kwargs)
 
     return forward
 

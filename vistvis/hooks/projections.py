@@ -9,30 +9,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vistvis.attention import Attention
 from vistvis.errors import CaptureError
-
-_NORMS = (("q_norm", "k_norm"), ("norm_q", "norm_k"), ("query_norm", "key_norm"))
-_FUSED = ("qkv", "to_qkv")
-_PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("to_q", "to_k"), ("projq", "projk"), ("q", "k"))
+from vistvis.models.families import FUSED_PROJECTIONS, NORM_PAIRS, PROJECTION_PAIRS
 
 
 class ProjectionTap:
     """Hooks on a module's q/k norms or projections, on while it runs."""
 
-    def __init__(self, module: nn.Module, heads: int | None) -> None:
-        self._module, self._heads = module, heads
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
         self._seen: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._names = self._find()
 
     def _find(self) -> tuple[str, ...]:
-        for pair in (*_NORMS, *_PAIRS):
+        for pair in (*NORM_PAIRS, *PROJECTION_PAIRS):
             if all(isinstance(getattr(self._module, name, None), nn.Module) for name in pair):
                 return pair
-        for name in _FUSED:
+        for name in FUSED_PROJECTIONS:
             if isinstance(getattr(self._module, name, None), nn.Module):
                 return (name,)
         return ()
@@ -67,7 +65,7 @@ class ProjectionTap:
         CaptureError
             If the module has no such projections, or something else than a rotation lies between.
         """
-        if kernel.query is None or kernel.key is None:
+        if kernel.weights is not None:
             raise CaptureError("rope=False needs queries and keys, and this module shows weights")
         if not self._names or set(self._seen) != set(self._names):
             raise CaptureError(
@@ -89,8 +87,6 @@ class ProjectionTap:
                     f"between the projections and the kernel the {name} is not only rotated, so "
                     "its weights before the rotary embedding can't be told"
                 )
-            if not rope and before.dtype != after.dtype:
-                continue
             if rope and not torch.equal(before.to(after.dtype), after):
                 raise CaptureError(
                     f'source="projection" was asked for, but the kernel\'s {name} differs from the '
@@ -106,8 +102,6 @@ class ProjectionTap:
 
     def _split(self, kernel: Attention) -> tuple[Tensor, Tensor]:
         batch, heads, queries, keys = kernel.shape
-        assert kernel.query is not None
-        assert kernel.key is not None
         width, key_heads = kernel.query.shape[-1], kernel.key.shape[1]
         if len(self._names) == 1:
             fused = self._seen[self._names[0]]
@@ -115,9 +109,7 @@ class ProjectionTap:
                 raise CaptureError(
                     f"its fused projection {tuple(fused.shape)} is not (B, N, 3·h·d)"
                 )
-            query, key, _ = (
-                fused.reshape(batch, queries, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
-            )
+            query, key, _ = rearrange(fused, "b n (three h d) -> three b h n d", three=3, h=heads)
             return query, key
         pair = [self._seen[name] for name in self._names]
         sides = zip(pair, ((heads, queries), (key_heads, keys)), strict=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vistvis.errors import CaptureError
-from vistvis.hooks.kernels import Reading
+from vistvis.hooks.readings import Reading
 
 SAMPLE = 5
 MASKED = -1e9

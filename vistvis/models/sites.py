@@ -2,93 +2,35 @@
 
 A site is a module whose own code (its `forward`, the methods and small functions that it calls, not
 its child modules) reaches an attention kernel. That is read off the compiled code's names, so it
-works for classes that nobody has listed; what is listed here are the classes that look like
-attention over tokens and are not.
+works for classes that nobody has listed.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from types import CodeType, FunctionType
-from typing import Any, TypeAlias, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias, overload
 
 import torch
 from torch import nn
 
-from vistvis.errors import SiteError
-from vistvis.models.layouts import layout_from_model as layout_from_model
-from vistvis.names import matches, nearest
+from vistvis.attention import SiteInfo, WindowInfo
+from vistvis.errors import InputError, SiteError
+from vistvis.models import families
+from vistvis.models.code import reached_names
+from vistvis.models.families import ModuleTraits, kind_and_block, module_traits
+from vistvis.names import few, matches, nearest
+from vistvis.tokens import TokenLayout
 
 Chooser: TypeAlias = "str | Sequence[str] | Callable[[Site], bool] | None"
-
-_FUSED = {"scaled_dot_product_attention"}
-_DISPATCHED = {"ALL_ATTENTION_FUNCTIONS", "attention_interface"}
-_MULTIHEAD = {"multi_head_attention_forward"}
-_SOFTMAX = {"softmax", "Softmax", "softmax_fp32", "_softmax"}
-# Kernels that hand nothing to torch functions; whether one runs is decided when the model runs.
-UNREADABLE = {
-    "memory_efficient_attention": "xformers",
-    "flash_attn_func": "flash-attn",
-    "flash_attn_varlen_func": "flash-attn",
-    "flash_attn_qkvpacked_func": "flash-attn",
-    "flash_attn_varlen_qkvpacked_func": "flash-attn",
-    "flash_attn_kvpacked_func": "flash-attn",
-    "flex_attention": "flex_attention",
-}
-_LOOKS_LIKE_ATTENTION = re.compile(r"att(n|ention|end)|mhsa|msa\b|mixer", re.IGNORECASE)
-_PROJECTIONS = (
-    "qkv",
-    "to_qkv",
-    "q_proj",
-    "to_q",
-    "query",
-    "projq",
-    "q_bias",
-    "in_proj_weight",
-    "q",
-)
-
-# Modules that carry the name of attention and have no token-to-token softmax matrix.
-REFUSED = {
-    "XCA": "attention over channels, not over tokens (cross-covariance)",
-    "CrossCovarianceAttn": "attention over channels, not over tokens (cross-covariance)",
-    "ChannelAttention": "attention over channels, not over tokens",
-    "ChannelAttentionV2": "attention over channels, not over tokens",
-    "LinearSelfAttention": "linear attention: no token-to-token matrix exists",
-    "FactorAttnConvRelPosEnc": "linear attention: no token-to-token matrix exists",
-    "LiteMLA": "linear attention: no token-to-token matrix exists",
-    "EfficientAdditiveAttention": "additive linear attention: no token-to-token matrix exists",
-    "EfficientAdditiveAttnetion": "additive linear attention: no token-to-token matrix exists",
-    "SelectiveKernelAttn": "weights between branches, not between tokens",
-    "SpatialTransformerBlock": "its product of queries and keys mixes the batch, not tokens",
-    "SplitAttn": "weights between branches, not between tokens",
-    "LambdaLayer": "a lambda layer: its softmax normalises keys, no token-to-token matrix exists",
-    "OutlookAttention": "outlook attention: weights come from a projection, not from keys",
-}
-
-
-# Which leading dimension of queries or weights are heads, where sizes may not tell; 0 stands for
-# (batch · heads, windows).
-_HEADS_AT = {
-    "HaloAttn": 0,
-    "MaskUnitAttention": 1,
-    "HieraMaskUnitAttention": 1,
-    "timm.models.nest.Attention": 1,
-    "LocallyGroupedAttn": 2,
-}
-# One kernel call for each head, in order.
-HEAD_BY_HEAD = {"CascadedGroupAttention"}
 
 
 @dataclass(frozen=True)
 class Site:
     """One attention module of a model.
 
-    `source` says how its attention will be read: "kernel" (what reaches
+    `name` is its dotted name, or the name that a front end gave it; `path` is always the dotted
+    one. `source` says how its attention will be read: "kernel" (what reaches
     `scaled_dot_product_attention`), "softmax" (the weights that eager code computes), "module"
     (`nn.MultiheadAttention`), or "kernel or softmax" where the module decides when it runs.
     `refused` is the reason why it can't be read, or empty.
@@ -101,6 +43,10 @@ class Site:
     source: str = "kernel"
     block: int | None = None
     refused: str = ""
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", self.path or self.name)
 
     @property
     def type(self) -> str:
@@ -108,10 +54,48 @@ class Site:
         return type(self.module).__name__
 
     @property
-    def heads_at(self) -> int | None:
-        """Which leading dimension of its queries are heads, for classes that are known for it."""
-        return _HEADS_AT.get(
-            self.type, _HEADS_AT.get(f"{type(self.module).__module__}.{self.type}")
+    def traits(self) -> ModuleTraits:
+        """What is known of the module's class beside its code."""
+        return module_traits(self.module)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a name or glob means this site, by its name or its dotted one."""
+        return matches(pattern, self.name) or matches(pattern, self.path)
+
+    def info(
+        self,
+        shape: Sequence[int],
+        *,
+        source: str,
+        rope: bool | None,
+        layout: TokenLayout | None,
+        window: WindowInfo | None,
+    ) -> SiteInfo:
+        """The description that attention of this shape `(B, h, Nq, Nk)` carries.
+
+        `layout` is that of all pictures of the pass; which part of it fits which side is told by
+        the numbers of queries and keys.
+        """
+        query_layout = key_layout = None
+        frames_in_batch = False
+        if layout is not None:
+            batch, _, queries, keys = shape
+            one = layout.frame_layout()
+            query_layout, key_layout = layout.sides(queries, keys)
+            folded = layout.frames > 1 and batch % layout.frames == 0
+            frames_in_batch = query_layout == one and (folded or self.kind == "frame")
+        return SiteInfo(
+            name=self.name,
+            path=self.path,
+            kind="window" if window else self.kind,
+            block=self.block,
+            module=self.type,
+            query_layout=query_layout,
+            key_layout=key_layout,
+            frames_in_batch=frames_in_batch,
+            rope=rope,
+            source=source,
+            window=window,
         )
 
     def __str__(self) -> str:
@@ -140,8 +124,31 @@ class SiteList(Sequence[Site]):
 
     @property
     def names(self) -> list[str]:
-        """The dotted names, in model order."""
+        """The names, in order."""
         return [site.name for site in self._sites]
+
+    def named(self, names: Mapping[str, str]) -> SiteList:
+        """The same sites under names of a front end's own: dotted name → name.
+
+        Those that are named come first, in the order of `names`.
+
+        Raises
+        ------
+        SiteError
+            If there is no site of a dotted name.
+        InputError
+            If two sites would have one name.
+        """
+        by_path = {site.path: site for site in self._sites}
+        for path in names:
+            if path not in by_path:
+                raise SiteError(no_match(path, self))
+        renamed = [replace(by_path.pop(path), name=name) for path, name in names.items()]
+        sites = SiteList([*renamed, *by_path.values()])
+        twice = [name for name in set(sites.names) if sites.names.count(name) > 1]
+        if twice:
+            raise InputError(f"names= gives {few(sorted(twice))} to more than one site")
+        return sites
 
     def __str__(self) -> str:
         if not self._sites:
@@ -151,14 +158,18 @@ class SiteList(Sequence[Site]):
             how = f"refused: {site.refused}" if site.refused else site.source
             heads = str(site.heads) if site.heads else "?"
             rows.append((site.name, site.type, site.kind, heads, how))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
-        return "\n".join(lines)
+        return table(rows)
 
     __repr__ = __str__
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of words as lines, every column but the last as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    )
 
 
 def find_sites(model: nn.Module) -> SiteList:
@@ -200,35 +211,34 @@ def choose_sites(sites: SiteList, chooser: Chooser) -> SiteList:
             raise SiteError(
                 f"the predicate chose none of the {len(sites)} sites; {_some(sites.names)}"
             )
-        return _readable(SiteList(chosen), sites)
-    patterns = [chooser] if isinstance(chooser, str) else list(chooser)
-    wanted: set[str] = set()
-    for pattern in patterns:
-        found = [site for site in sites if matches(pattern, site.name)]
-        if not found:
-            raise SiteError(_no_match(pattern, sites))
-        _readable(SiteList(found), sites)
-        wanted.update(site.name for site in found if not site.refused)
-    if not wanted:
+        return _readable(chosen, sites)
+    names: set[str] = set()
+    for pattern in [chooser] if isinstance(chooser, str) else chooser:
+        meant = [site for site in sites if site.matches(pattern)]
+        if not meant:
+            raise SiteError(no_match(pattern, sites))
+        names.update(_readable(meant, sites).names)
+    if not names:
         raise SiteError(f"no sites were named; {_some(sites.names)}")
-    return SiteList(site for site in sites if site.name in wanted)
+    return SiteList(site for site in sites if site.name in names)
 
 
-def _readable(found: SiteList, sites: SiteList) -> SiteList:
-    readable = SiteList(site for site in found if not site.refused)
+def no_match(pattern: str, sites: SiteList) -> str:
+    """What to say of a name or glob that no site has."""
+    near = nearest(pattern, sites.names, cutoff=0.3)
+    hint = f"nearest: {', '.join(near)}" if near else _some(sites.names)
+    return f"no site {pattern!r}: {hint}; list them with find_sites(model)"
+
+
+def _readable(chosen: Sequence[Site], sites: SiteList) -> SiteList:
+    readable = SiteList(site for site in chosen if not site.refused)
     if not readable:
-        reasons = "; ".join(f"{site.name!r} ({site.type}): {site.refused}" for site in found[:3])
-        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        reasons = "; ".join(f"{site.name!r} ({site.type}): {site.refused}" for site in chosen[:3])
+        more = f" (and {len(chosen) - 3} more)" if len(chosen) > 3 else ""
         rest = [site.name for site in sites if not site.refused]
         advice = _some(rest) if rest else "this model has no site that can be"
         raise SiteError(f"can't be read exactly: {reasons}{more}; {advice}")
     return readable
-
-
-def _no_match(pattern: str, sites: SiteList) -> str:
-    near = nearest(pattern, sites.names, cutoff=0.3)
-    hint = f"nearest: {', '.join(near)}" if near else _some(sites.names)
-    return f"no site {pattern!r}: {hint}; list them with find_sites(model)"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -236,7 +246,7 @@ def _some(names: Sequence[str]) -> str:
     return f"the model has {shown}" + (f", … {names[-1]}" if len(names) > 4 else "")
 
 
-# -- walking a model ----------------------------------------------------------------------------
+# -- walking a model -----------------------------------------------------------------------------
 
 
 def _walk(model: nn.Module) -> Iterator[Site]:
@@ -253,15 +263,16 @@ def _site(name: str, module: nn.Module) -> Site | None:
     type_name = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         original = getattr(module, "original_name", type_name)
-        if _LOOKS_LIKE_ATTENTION.search(original):
+        if families.ATTENTION_CLASS.search(original):
             return Site(name, module, refused=f"TorchScript ({original}) shows no kernel call")
         return None
-    if type_name in REFUSED:
-        return Site(name, module, heads=_heads(module), refused=REFUSED[type_name])
+    refused = module_traits(module).refused
+    if refused:
+        return Site(name, module, heads=_heads(module), refused=refused)
     source = _source(module)
     if not source:
         return None
-    kind, block = _kind(name, type_name)
+    kind, block = kind_and_block(name, type_name)
     return Site(name, module, kind, _heads(module), source, block)
 
 
@@ -271,10 +282,11 @@ def _source(module: nn.Module) -> str:
     if type(module).__module__.startswith("torch.nn."):
         return ""
     names = reached_names(type(module))
-    if names & _MULTIHEAD:
+    if names & families.MULTIHEAD:
         return "kernel"
-    fused = bool(names & (_FUSED | _DISPATCHED))
-    soft = bool(names & _SOFTMAX) or any(isinstance(c, nn.Softmax) for c in module.children())
+    fused = bool(names & (families.KERNELS | families.DISPATCHERS))
+    soft = bool(names & families.SOFTMAX)
+    soft = soft or any(isinstance(child, nn.Softmax) for child in module.children())
     if fused:
         fused_flag = getattr(module, "fused_attn", None)
         if fused_flag is False and soft:
@@ -282,94 +294,20 @@ def _source(module: nn.Module) -> str:
         return "kernel or softmax" if soft and fused_flag is None else "kernel"
     if soft and _looks_like_attention(module):
         return "softmax"
-    unreadable = sorted({UNREADABLE[name] for name in names & set(UNREADABLE)})
-    return f"nothing ({', '.join(unreadable)} only)" if unreadable else ""
+    packages = sorted({families.UNREADABLE[name] for name in names & set(families.UNREADABLE)})
+    return f"nothing ({', '.join(packages)} only)" if packages else ""
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    if _LOOKS_LIKE_ATTENTION.search(type(module).__name__):
+    if families.ATTENTION_CLASS.search(type(module).__name__):
         return True
-    return any(hasattr(module, name) for name in _PROJECTIONS)
+    return any(hasattr(module, name) for name in families.PROJECTIONS)
 
 
 def _heads(module: nn.Module) -> int | None:
-    names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
     for owner in (module, getattr(module, "config", None)):
-        for name in names:
+        for name in families.HEADS:
             value = getattr(owner, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return None
-
-
-def _kind(name: str, type_name: str) -> tuple[str, int | None]:
-    """Kind and block number, from the words that names of modules and classes use."""
-    alternating = re.search(r"(?:^|\.)(frame|global)_blocks\.(\d+)(?:\.|$)", name)
-    if alternating:
-        return alternating[1], int(alternating[2])
-    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
-    block = int(numbers[-1]) if numbers else None
-    last = name.rsplit(".", 1)[-1].lower()
-    if (
-        "cross" in type_name.lower()
-        or "cross" in last
-        or "encdec" in last
-        or last in ("multihead_attn", "encoder_attn")
-    ):
-        return "cross", block
-    if "window" in type_name.lower() or "swin" in type_name.lower():
-        return "window", block
-    return "self", block
-
-
-# -- reading code -------------------------------------------------------------------------------
-
-
-def reached_names(cls: type[nn.Module]) -> frozenset[str]:
-    """Every global and attribute name that a module class's own forward code mentions.
-
-    Follows methods of the class and functions of the same module, not child modules.
-    """
-    if cls not in _REACHED:
-        names: set[str] = set()
-        forward = getattr(cls, "forward", None)
-        if forward is not None:
-            _reach(inspect.unwrap(forward), cls, names, set(), 0)
-        _REACHED[cls] = frozenset(names)
-    return _REACHED[cls]
-
-
-# Weak, so that classes made in a loop (tests, notebooks) can go.
-_REACHED: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()
-
-
-def _reach(function: Any, cls: type, names: set[str], seen: set[Any], depth: int) -> None:
-    if not isinstance(function, FunctionType) or function.__code__ in seen or depth > 4:
-        return
-    seen.add(function.__code__)
-    own = _code_names(function.__code__)
-    names |= own
-    for name in own:
-        method = inspect.getattr_static(cls, name, None)
-        if isinstance(method, staticmethod):
-            method = method.__func__
-        if isinstance(method, FunctionType) and not _is_torch(method):
-            _reach(inspect.unwrap(method), cls, names, seen, depth + 1)
-        called = function.__globals__.get(name)
-        called = called if called is None else inspect.unwrap(called)
-        if isinstance(called, FunctionType) and not _is_torch(called):
-            near = called.__module__ == function.__module__ or "att" in name.lower()
-            if near and not name.startswith(("create_", "_prepare")):
-                _reach(called, cls, names, seen, depth + 1)
-
-
-def _is_torch(function: FunctionType) -> bool:
-    return (function.__module__ or "").startswith("torch.")
-
-
-def _code_names(code: CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _code_names(constant)
-    return names

@@ -10,30 +10,31 @@ from torch import nn
 
 from vistvis.attention import Attention, WindowInfo
 from vistvis.attention.windows import window_counts
+from vistvis.models.families import CUTS_FOR_ITSELF, WINDOW_SIZES
 
 
 def window_of(
-    owner: nn.Module, shape: Sequence[int], sizes: Any, attention: Attention
+    cutter: nn.Module, shape: Sequence[int], sizes: Any, attention: Attention
 ) -> WindowInfo | None:
-    """How `owner`, a block that cuts windows, did so; None unless everything fits together.
+    """How `cutter`, a block that cuts windows, did so; None unless everything fits together.
 
     Parameters
     ----------
-    owner
+    cutter
         A block with `window_size` or `partition_size`, and perhaps `shift_size`.
     shape
         Of its input, `(B, rows, cols, C)`, or `(B, N, C)` with `sizes` as `(rows, cols)`.
     attention
         What its attention module gave, `(B · windows, h, n, n)`.
     """
-    window = _pair(getattr(owner, "window_size", getattr(owner, "partition_size", None)))
+    window = _pair(next((getattr(cutter, n) for n in WINDOW_SIZES if hasattr(cutter, n)), None))
     grid = _pair(sizes) if len(shape) == 3 else (int(shape[1]), int(shape[2]))
     if not window or not all(window) or grid is None or len(shape) not in (3, 4):
         return None
-    shift = _pair(getattr(owner, "shift_size", 0)) or (0, 0)
-    strided = getattr(owner, "partition_block", True) is False
+    shift = _pair(getattr(cutter, "shift_size", 0)) or (0, 0)
+    strided = getattr(cutter, "partition_block", True) is False
     down, across = window_counts(WindowInfo(grid, window))
-    if type(owner).__module__.startswith("torchvision."):
+    if type(cutter).__module__.startswith("torchvision."):
         # It decides while it runs that a window as large as the picture is not shifted.
         shift = (0 if down == 1 else shift[0], 0 if across == 1 else shift[1])
     fits = attention.shape[0] == int(shape[0]) * down * across
@@ -52,9 +53,9 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return number, number
 
 
-def window_owner(model: nn.Module, name: str, module: nn.Module) -> nn.Module | None:
+def window_cutter(model: nn.Module, name: str, module: nn.Module) -> nn.Module | None:
     """The block around an attention module that cuts windows for it."""
-    if type(module).__name__.startswith("ShiftedWindowAttention"):
+    if type(module).__name__.startswith(CUTS_FOR_ITSELF):
         return module
     parts = name.split(".")[:-1]
     for count in range(len(parts), max(len(parts) - 2, 0), -1):
@@ -62,6 +63,6 @@ def window_owner(model: nn.Module, name: str, module: nn.Module) -> nn.Module | 
             parent = model.get_submodule(".".join(parts[:count]))
         except AttributeError:
             return None
-        if hasattr(parent, "window_size") or hasattr(parent, "partition_size"):
+        if any(hasattr(parent, name) for name in WINDOW_SIZES):
             return parent
     return None

@@ -1,0 +1,231 @@
+"""What one kernel call means: its tensors turned into an `Attention`, or the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistvis.attention import Attention
+from vistvis.errors import VistvisError
+from vistvis.hooks.folding import Fold, UnreadableError
+
+SDPA = F.scaled_dot_product_attention
+# Not torch.broadcast_shapes: its first call imports sympy, 36 MB and half a second.
+_broadcast_shapes = np.broadcast_shapes
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One kernel call of one site: its weights, still lazy, and what it returned.
+
+    `value` `(B, h, Nk, dv)` and `output` `(B, h, Nq, dv)` are None unless they were asked for.
+    """
+
+    attention: Attention | None
+    source: str
+    value: Tensor | None = None
+    output: Tensor | None = None
+    error: str = ""
+
+
+@dataclass
+class Notes:
+    """What one run of a module showed: its kernel calls, and what forbids to trust them."""
+
+    readings: list[Reading] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def take(self, source: str, read: Callable[[], Reading]) -> None:
+        """Add a reading; what goes wrong is kept, because the user's forward goes on."""
+        try:
+            self.readings.append(read())
+        except Exception as error:
+            self.readings.append(Reading(None, source, error=error_text(error)))
+
+
+class SdpaCall(NamedTuple):
+    """The arguments of one `scaled_dot_product_attention` call, under its names."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How tensors are kept: on which device, and whether values and outputs are kept too."""
+
+    device: str | None = None
+    values: bool = False
+    masks: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def mask(self, mask: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """A mask, kept: one copy serves every site that uses the same one in a pass.
+
+        Masks are as large as a dense matrix, and a copy for each site would be what is avoided.
+        """
+        # A broadcast dimension is kept as one.
+        thin = [
+            slice(0, 1) if step == 0 and size > 1 else slice(None)
+            for step, size in zip(mask.stride(), mask.shape, strict=True)
+        ]
+        compact = mask[tuple(thin)] if thin else mask
+        mark = (compact.data_ptr(), compact.shape, compact.stride(), compact.dtype, dtype)
+        copy = self.masks.get(mark)
+        # The original is held on to, so its address is its own; compared, because it may have been
+        # written into since.
+        if copy is None or not torch.equal(copy[1], compact.to(copy[1])):
+            made = keep(compact, dtype, self.device, share=True)
+            if made.data_ptr() == compact.data_ptr():
+                return made.expand(mask.shape)
+            copy = self.masks[mark] = (compact, made)
+        return copy[1].expand(mask.shape)
+
+
+@dataclass(frozen=True)
+class KernelReader:
+    """Reads kernel calls of one module run: what is known of it, and how tensors are kept.
+
+    `heads`, `batch` and `heads_at` are as `Fold.of` takes them.
+    """
+
+    keeping: Keeping
+    heads: int | None = None
+    batch: int | None = None
+    heads_at: int | None = None
+
+    def sdpa(self, call: SdpaCall, out: Tensor | None, autocast: torch.dtype | None) -> Reading:
+        """A call of the fused kernel, over the tensors that the kernel used.
+
+        `autocast` is the dtype that autocast gave to the kernel's inputs, or None.
+
+        Raises
+        ------
+        UnreadableError
+            If the call can't be turned into exact weights.
+        """
+        query, key, keeping = call.query, call.key, self.keeping
+        for name, tensor in (("query", query), ("key", key)):
+            if tensor.is_nested:
+                raise UnreadableError(f"its {name} is a nested tensor; pad the sequences instead")
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                raise UnreadableError(
+                    f"its {name} lives inside a torch.func transform; run it outside"
+                )
+        if call.dropout_p > 0:
+            raise UnreadableError(
+                f"dropout is active in the kernel (dropout_p={call.dropout_p:g}), so what it used "
+                "is not the softmax; call model.eval()"
+            )
+        mask = _plain_mask(call.attn_mask)
+        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        if not call.enable_gqa and query.shape[:-2] != key.shape[:-2]:
+            query, key = _broadcast(query, key)
+        fold = self._fold(query)
+        if mask is not None and fold.changes:
+            mask = fold(mask.expand(*query.shape[:-1], key.shape[-2]))
+        if mask is not None and mask.ndim > 4:
+            raise UnreadableError(
+                f"its mask {tuple(mask.shape)} has more dimensions than its query"
+            )
+        attention = Attention(
+            query=keep(fold(query), autocast, keeping.device),
+            key=keep(fold(key), autocast, keeping.device),
+            scale=float(scale),
+            mask=None if mask is None else keeping.mask(mask, autocast),
+            causal=call.is_causal,
+        )
+        if not keeping.values or out is None:
+            return Reading(attention, "kernel")
+        groups = call.query.shape[-3] // call.value.shape[-3] if call.enable_gqa else 1
+        value = call.value.repeat_interleave(groups, -3) if groups > 1 else call.value
+        value = fold(value.expand(*call.query.shape[:-2], *value.shape[-2:])).detach()
+        return Reading(attention, "kernel", value, fold(out).detach())
+
+    def weights(
+        self, weights: Tensor, value: Tensor | None = None, output: Tensor | None = None
+    ) -> Reading:
+        """Weights `(…, Nq, Nk)` that eager code multiplies with its values."""
+        fold = self._fold(weights)
+        attention = Attention.from_weights(keep(fold(weights), None, self.keeping.device))
+        if not self.keeping.values or value is None or output is None:
+            return Reading(attention, "softmax")
+        value = value.expand(*weights.shape[:-2], *value.shape[-2:])
+        return Reading(attention, "softmax", fold(value).detach(), fold(output).detach())
+
+    def _fold(self, tensor: Tensor) -> Fold:
+        return Fold.of(tuple(tensor.shape[:-2]), self.heads, self.batch, self.heads_at)
+
+
+def keep(
+    tensor: Tensor, dtype: torch.dtype | None, device: str | None, *, share: bool = False
+) -> Tensor:
+    """A tensor that stays right after the model runs on, without holding more than it has to.
+
+    Copied where it is a small part of a larger storage (which it would keep alive), where it was
+    made in inference mode (nothing tells of later writes), or where dtype or device change. All
+    else is shared: `Attention` checks for later writes.
+    """
+    # Autocast leaves float64 alone, and masks of bool.
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        dtype = None
+    moved = tensor.detach()
+    if dtype is not None or device is not None:
+        moved = moved.to(dtype=dtype or tensor.dtype, device=device or tensor.device)
+        if moved.data_ptr() != tensor.data_ptr():
+            return moved
+    needed = moved.numel() * moved.element_size()
+    stored = moved.untyped_storage().nbytes()
+    if moved.is_inference() or (stored > 1.02 * needed + 1024 and not share):
+        return moved.clone(memory_format=torch.contiguous_format)
+    return moved
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to the kernel's inputs here, or None."""
+    kind = tensor.device.type
+    try:
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    except RuntimeError:  # a device without autocast
+        return None
+
+
+def error_text(error: Exception) -> str:
+    """An error as one line; its type only where the text needs it."""
+    text = str(error) if isinstance(error, VistvisError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
+
+
+def _broadcast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Leading dimensions as the kernel broadcasts them; nothing is copied."""
+    lead = _broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    # One key head serves all query heads as it is.
+    single = len(lead) == 2 and key.shape[1] == 1 and key.shape[0] == lead[0]
+    return (
+        query.expand(*lead, *query.shape[-2:]),
+        key if single else key.expand(*lead, *key.shape[-2:]),
+    )
+
+
+def _plain_mask(mask: Any) -> Tensor | None:
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and type(mask) in (Tensor, nn.Parameter):
+        return mask
+    materialize = getattr(mask, "_materialize", None)  # torch.nn.attention.bias.CausalBias
+    if materialize is not None:
+        made = materialize(mask.device)
+        if type(made) is Tensor:
+            return made
+    raise UnreadableError(f"its mask is a {type(mask).__name__}, whose meaning is not known")

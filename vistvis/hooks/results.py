@@ -1,0 +1,116 @@
+"""What a capture was asked for, and what the passes of its model have given."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from vistvis.attention import Attention
+from vistvis.errors import InputError
+from vistvis.tokens import TokenLayout
+
+SOURCES = ("kernel", "softmax", "module", "projection")
+ReadFrom: TypeAlias = Literal["kernel", "softmax", "module", "projection"]
+Sink: TypeAlias = Callable[[str, Attention], None]
+LayoutOf: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], TokenLayout | None]"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `capture`, under its names."""
+
+    accumulate: bool
+    keep: str | None
+    source: str | None
+    rope: bool
+    verify: bool
+    sink: Sink | None
+    layout: TokenLayout | LayoutOf | None
+
+    def __post_init__(self) -> None:
+        if self.keep not in (None, "cpu"):
+            raise InputError(f'keep is None or "cpu", got {self.keep!r}')
+        if self.source not in (None, *SOURCES):
+            raise InputError(
+                f'source is "kernel", "softmax", "module" or "projection", got {self.source!r}'
+            )
+
+    @property
+    def projections(self) -> bool:
+        """Whether queries and keys are those of the projections, the kernel's being the check."""
+        return self.source == "projection" or not self.rope
+
+    @property
+    def kernel_source(self) -> str | None:
+        """Which kernel calls count; None leaves it to what the module shows."""
+        return None if self.projections else self.source
+
+
+@dataclass
+class Pass:
+    """One forward of the watched model: what its sites gave.
+
+    `loose` is a pass that no forward of the model frames: a site was called by itself.
+    """
+
+    layout: TokenLayout | None = None
+    loose: bool = False
+    attention: dict[str, list[Attention]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    ran: dict[str, int] = field(default_factory=dict)
+
+
+class Results:
+    """What all passes gave together; shared by what watches the model and what is asked."""
+
+    def __init__(self, names: Iterable[str], *, accumulate: bool) -> None:
+        self.lock = threading.RLock()
+        self.attention: dict[str, list[Attention]] = {}
+        self.errors: dict[str, str] = {}
+        self.fired = dict.fromkeys(names, 0)
+        self.sources: dict[str, str] = {}
+        self.passes = self.failed_passes = 0
+        self.last_failed = False
+        self._accumulate = accumulate
+        self._outgoing: dict[str, list[Attention]] = {}
+
+    def begin(self) -> None:
+        """A pass begins, and the last one wins.
+
+        What the one before took makes room site by site (`make_room`): freed at once, its pages
+        went back to the system and cost their way in again.
+        """
+        if not self._accumulate:
+            with self.lock:
+                self._outgoing, self.attention, self.errors = self.attention, {}, {}
+
+    def make_room(self, name: str) -> None:
+        """Let go of what a site gave in the pass before."""
+        self._outgoing.pop(name, None)
+
+    def end(self) -> None:
+        """The outermost pass is over, well or not."""
+        self._outgoing = {}
+
+    def fail(self) -> None:
+        """A pass ended in an exception; what it gave is not kept."""
+        self.failed_passes += 1
+        self.last_failed = True
+
+    def commit(self, done: Pass, *, count: bool = True) -> None:
+        """Take over what a pass gave."""
+        with self.lock:
+            self.last_failed = False
+            self.passes += count
+            if self._accumulate:
+                for name, attention in done.attention.items():
+                    self.attention.setdefault(name, []).extend(attention)
+                if done.loose:
+                    done.attention = {}
+                self.errors.update(done.errors)
+            else:
+                self.attention, self.errors = dict(done.attention), dict(done.errors)

@@ -1,0 +1,146 @@
+"""Settling what the kernel calls of one run mean together: one reading, or the reason why none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from vistvis.attention import Attention
+from vistvis.errors import CaptureError
+from vistvis.hooks.folding import UnreadableError
+from vistvis.hooks.readings import Notes, Reading
+from vistvis.hooks.reasons import why_unseen
+from vistvis.models.sites import Site
+
+
+def settle(
+    site: Site, notes: Notes, source: str | None, *, sizes: tuple[int, ...] = ()
+) -> tuple[Reading, Attention]:
+    """The one reading of a run of a site, and its attention.
+
+    Parameters
+    ----------
+    source
+        "kernel", "softmax" or "module" to take only that; None: kernels before softmaxes.
+    sizes
+        The shape of the module's input, where it tells attention over channels.
+
+    Raises
+    ------
+    CaptureError, UnreadableError
+        If what was seen can't be turned into exact weights.
+    """
+    readings = [_over_tokens(reading, sizes) for reading in notes.readings]
+    reading = _one(site, readings, notes.problems, source)
+    groups = getattr(site.module, "num_key_value_groups", None)
+    reading = _unpack_groups(reading, site.heads, groups)
+    if reading.attention is None:
+        raise CaptureError(reading.error)
+    return reading, reading.attention
+
+
+def _one(site: Site, readings: list[Reading], problems: list[str], source: str | None) -> Reading:
+    sources = {reading.source for reading in readings}
+    if source is None and "kernel" in sources:
+        readings = [reading for reading in readings if reading.source == "kernel"]
+    elif source is not None:
+        readings = [reading for reading in readings if reading.source == source]
+        if not readings and sources:
+            raise CaptureError(
+                f'source="{source}" was asked for, and this module shows only '
+                f"{' and '.join(sorted(sources))}"
+            )
+    if problems and not any(reading.source == "kernel" for reading in readings):
+        raise CaptureError(problems[0])
+    if not readings:
+        raise CaptureError(why_unseen(site))
+    if site.traits.head_by_head and len(readings) == site.heads:
+        return _stack_heads(readings)
+    if site.traits.two_calls and len(readings) == 2:
+        raise CaptureError(site.traits.two_calls)
+    if len(readings) > 1:
+        raise CaptureError(
+            f"made {len(readings)} attention kernel calls in one run, and which is meant is "
+            "not known; choose one of its submodules if each makes one call"
+        )
+    return readings[0]
+
+
+def _stack_heads(readings: Sequence[Reading]) -> Reading:
+    """One reading of a module that calls its kernel once for each head."""
+    parts = [reading.attention for reading in readings if reading.attention is not None]
+    shapes = {(*part.shape, part.weights is None, part.mask is None) for part in parts}
+    if len(parts) < len(readings) or len(shapes) > 1 or parts[0].shape[1] != 1:
+        raise UnreadableError(f"its {len(readings)} kernel calls are not one for each head")
+
+    def cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        held = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(held, 1) if len(held) == len(tensors) else None
+
+    weights = cat([part.weights for part in parts])
+    if weights is not None:
+        attention: Attention = Attention.from_weights(weights)
+    elif len({str(part.scale) for part in parts}) > 1:
+        raise UnreadableError(f"its {len(readings)} kernel calls are not alike")
+    else:
+        attention = Attention(
+            query=torch.cat([part.query for part in parts], 1),
+            key=torch.cat([part.key for part in parts], 1),
+            scale=parts[0].scale,
+            mask=cat([part.mask for part in parts]),
+            causal=parts[0].causal,
+        )
+    value, output = cat([one.value for one in readings]), cat([one.output for one in readings])
+    return Reading(attention, readings[0].source, value, output)
+
+
+def _over_tokens(reading: Reading, sizes: tuple[int, ...]) -> Reading:
+    """Refuse attention over channels: as many queries as a head has channels, summed over tokens.
+
+    `sizes` is `(B, N, C)`; with others nothing can be told.
+    """
+    attention = reading.attention
+    if attention is None or len(sizes) != 3:
+        return reading
+    _, tokens, width = sizes
+    _, heads, queries, keys = attention.shape
+    channels = queries == keys != tokens and heads * queries == width
+    if not channels or (attention.weights is None and attention.query.shape[-1] != tokens):
+        return reading
+    text = (
+        f"its {queries}×{keys} weights are over the channels of a head, not over its {tokens} "
+        "tokens (cross-covariance)"
+    )
+    return Reading(None, reading.source, error=text)
+
+
+def _unpack_groups(reading: Reading, heads: int | None, groups: Any) -> Reading:
+    """Undo the packing of grouped heads into the token dimension.
+
+    With one query token, transformers hands the kernel `(B, h / g, g, d)` for h heads in groups of
+    g: the same products, with heads where queries belong.
+    """
+    packed = reading.attention
+    if packed is None or packed.weights is not None or heads is None:
+        return reading
+    _, key_heads, count, _ = packed.shape
+    same = isinstance(groups, int) and groups > 1 and count == groups
+    if not same or key_heads * count != heads or packed.key.shape[1] != key_heads:
+        return reading
+
+    def spread(tensor: Tensor) -> Tensor:
+        return rearrange(tensor, "b k g d -> b (k g) 1 d")
+
+    mask = packed.mask
+    if mask is not None and mask.shape[-2] == count:
+        mask = spread(mask.expand(mask.shape[0], key_heads, count, mask.shape[-1]))
+    attention = Attention(query=spread(packed.query), key=packed.key, scale=packed.scale, mask=mask)
+    value, output = reading.value, reading.output
+    if value is not None and output is not None:
+        value, output = value.repeat_interleave(count, 1), spread(output)
+    return replace(reading, attention=attention, value=value, output=output)

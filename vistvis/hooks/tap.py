@@ -1,0 +1,130 @@
+"""Function modes that see which kernels a module calls: one for eager code, one for compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from vistvis.hooks.flow import PRODUCTS, SOFTMAX, Flow
+from vistvis.hooks.readings import (
+    SDPA,
+    KernelReader,
+    Notes,
+    Reading,
+    SdpaCall,
+    autocast_dtype,
+)
+
+_WATCHED = frozenset({SDPA, F.multi_head_attention_forward, *PRODUCTS, *SOFTMAX})
+
+
+class KernelTap(TorchFunctionMode):
+    """Reads the attention kernel calls of the module that runs while it is active.
+
+    A call of `scaled_dot_product_attention` gives its queries and keys; eager code gives its
+    weights (`Flow`).
+
+    Parameters
+    ----------
+    reader
+        How calls are read.
+    notes
+        Where readings go.
+    active
+        Says whether the calls belong to this tap (False inside a nested site).
+    instead
+        Functions (of those watched) that are run by another, which reads what they hide.
+    """
+
+    def __init__(
+        self,
+        reader: KernelReader,
+        notes: Notes,
+        *,
+        active: Callable[[], bool],
+        instead: Mapping[Callable[..., Any], Callable[..., Any]],
+    ) -> None:
+        super().__init__()
+        self._reader, self._notes, self._active, self._instead = reader, notes, active, instead
+        self._flow = Flow(reader, notes, active)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        # Every function of the module comes by here, reading a shape among them: what is of no
+        # interest has to leave soon. (A global set: code that compiles itself is traced through
+        # here, and Dynamo can't hash what an attribute of a mode holds.)
+        kwargs = kwargs or {}
+        if func not in _WATCHED and not self._flow.begun:
+            return func(*args, **kwargs)
+        if func is SDPA:
+            out = SDPA(*args, **kwargs)
+            if self._active():
+                self._notes.take("kernel", lambda: self._read(SdpaCall(*args, **kwargs), out))
+            return out
+        if func in self._instead and self._active():
+            return self._instead[func](*args, **kwargs)
+        out = func(*args, **kwargs)
+        self._flow.follow(func, args, kwargs, out)
+        return out
+
+    def _read(self, call: SdpaCall, out: Tensor) -> Reading:
+        return self._reader.sdpa(call, out, autocast_dtype(call.query))
+
+
+class PassBegan(NamedTuple):
+    """Compiled code: a forward of the watched model began."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class KernelRan(NamedTuple):
+    """Compiled code: a site called its kernel."""
+
+    site: str
+    call: SdpaCall
+    out: Tensor | None
+    autocast: torch.dtype | None
+
+
+class Hidden(NamedTuple):
+    """Compiled code: a site ran whose kernel can't be seen there."""
+
+    site: str
+
+
+Event = PassBegan | KernelRan | Hidden
+
+
+class CompiledTap(TorchFunctionMode):
+    """Inside compiled code: only notes the kernel's arguments; they are read afterwards."""
+
+    def __init__(self, events: list[Event], site: str, values: bool) -> None:
+        super().__init__()
+        self.events, self.site, self.values = events, site, values
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is SDPA:
+            call = SdpaCall(*args, **kwargs)
+            # `autocast_dtype` in short: Dynamo traces this and can't follow the `try` in there.
+            # What it compiles for has autocast.
+            kind = call.query.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            if self.values:
+                self.events.append(KernelRan(self.site, call, out, dtype))
+            else:  # values and output would be kept alive for nothing
+                call = call._replace(value=call.key)
+                self.events.append(KernelRan(self.site, call, None, dtype))
+        return out

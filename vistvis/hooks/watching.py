@@ -1,0 +1,388 @@
+"""Watching a model that runs: where passes begin and end, which site runs, what its kernels get.
+
+While a chosen module runs, a function mode sees the kernel calls it makes; outside of them nothing
+is watched, and nothing is replayed. What goes wrong while reading never breaks the user's forward:
+it is kept with the site.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistvis.attention import Attention, SiteInfo
+from vistvis.errors import CaptureError
+from vistvis.hooks.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
+from vistvis.hooks.patching import Forward, Listener, attach, detach
+from vistvis.hooks.projections import ProjectionTap
+from vistvis.hooks.readings import Keeping, KernelReader, Notes, error_text
+from vistvis.hooks.results import Options, Pass, Results
+from vistvis.hooks.settling import settle
+from vistvis.hooks.tap import CompiledTap, Event, Hidden, KernelRan, KernelTap, PassBegan
+from vistvis.hooks.verify import verify_reading
+from vistvis.models.families import ENTRIES
+from vistvis.models.layouts import layout_from_model
+from vistvis.models.sites import Site, SiteList
+from vistvis.models.windows import window_cutter, window_of
+from vistvis.tokens import TokenLayout
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class _ThreadState(threading.local):
+    """Where one thread is in the model."""
+
+    def __init__(self) -> None:
+        self.running: list[object] = []  # the sites inside each other that run just now
+        self.grids: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self.current: Pass | None = None
+        self.loose: Pass | None = None
+        self.depth = 0
+
+
+class Watch:
+    """Sits on a model and hands what its sites give to `results`, until `remove`."""
+
+    def __init__(
+        self, model: nn.Module, sites: SiteList, options: Options, results: Results
+    ) -> None:
+        self._model, self._options, self._results = model, options, results
+        self._sites = {site.name: site for site in sites}
+        self._keeping = Keeping(options.keep, options.verify)
+        self._state = _ThreadState()
+        self._events: list[Event] = []
+        self._infos: dict[str, tuple[Any, SiteInfo]] = {}
+        self._cutters: dict[str, nn.Module] = {}
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._attach()
+        except BaseException:
+            self.remove()
+            raise
+
+    # -- life cycle ------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        inner: nn.Module = getattr(self._model, "_orig_mod", self._model)
+        for site in self._sites.values():
+            self._listen(site.module, self._site_listener(site))
+            cutter = window_cutter(inner, site.path, site.module)
+            if cutter is not None:
+                self._cutters[site.name] = cutter
+                self._listen(cutter, self._cutter_listener(site))
+        modules = {site.module: site for site in self._sites.values()}
+        for layer in encoder_layers(self._model, list(modules)):
+            self._listen(layer, self._encoder_listener(modules[layer.self_attn]))
+        self._listen(self._model, self._root_listener())
+        for name in _entries(self._model):
+            self._listen(self._model, _eager(self._run_entry), name)
+
+    def _listen(self, module: nn.Module, listener: Listener, method: str = "forward") -> None:
+        # The undo comes first: an interrupt between the two leaves nothing behind.
+        self._undo.append(lambda: detach(module, listener, method=method))
+        attach(module, listener, method=method)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model is being watched."""
+        return bool(self._undo)
+
+    def remove(self) -> None:
+        """Take everything off the model."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+    def forget(self) -> None:
+        """Let go of what is held between passes."""
+        self._infos.clear()
+        self._events.clear()
+
+    # -- listeners: what runs in place of a module's own method ----------------------------------
+
+    def _site_listener(self, site: Site) -> Listener:
+        events, name, values = self._events, site.name, self._options.verify
+
+        def compiled(original: Forward, args: Args, kwargs: Kwargs) -> Any:
+            if site.source == "module":
+                events.append(Hidden(name))
+                return original(*args, **kwargs)
+            with CompiledTap(events, name, values):
+                return original(*args, **kwargs)
+
+        def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
+            return self._run_site(site, original, args, kwargs)
+
+        return _eager(run, compiled)
+
+    def _root_listener(self) -> Listener:
+        events = self._events
+
+        def compiled(original: Forward, args: Args, kwargs: Kwargs) -> Any:
+            events.append(PassBegan(args, kwargs))
+            return original(*args, **kwargs)
+
+        return _eager(self._run_root, compiled)
+
+    def _cutter_listener(self, site: Site) -> Listener:
+        """On a block that cuts windows for a site: notes the grid that it cuts."""
+
+        def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
+            if args and isinstance(args[0], Tensor):
+                sizes = args[1] if len(args) > 1 else kwargs.get("input_dimensions")
+                self._state.grids[site.name] = (tuple(args[0].shape), sizes)
+            return original(*args, **kwargs)
+
+        return _eager(run)
+
+    def _encoder_listener(self, site: Site) -> Listener:
+        """On an encoder layer whose fused path skips the forward of its attention module."""
+
+        def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
+            reader = MultiheadReader(self._keeping)
+            if not reader.can_run(original):
+                return original(*args, **kwargs)
+            out = reader.run(original, args, kwargs)
+            if reader.notes.readings:
+                self._finish(site, reader.notes)
+            return out
+
+        return _eager(run)
+
+    # -- passes ----------------------------------------------------------------------------------
+
+    def _run_root(self, original: Forward, args: Args, kwargs: Kwargs) -> Any:
+        if _recomputing() or self._state.depth > 0:
+            return original(*args, **kwargs)
+        return self._run_pass(original, args, kwargs)
+
+    def _run_entry(self, original: Forward, args: Args, kwargs: Kwargs) -> Any:
+        # An entry method that calls `forward` (say, a decoding loop) leaves passes to it.
+        if _recomputing() or self._state.depth > 0 or self._state.current is not None:
+            return original(*args, **kwargs)
+        return self._run_pass(original, args, kwargs, entry=True)
+
+    def _run_pass(
+        self, original: Forward, args: Args, kwargs: Kwargs, *, entry: bool = False
+    ) -> Any:
+        state, results = self._state, self._results
+        outer = state.current
+        if outer is None:
+            self.drain()  # what compiled passes noted before this one is not this one's
+            results.begin()
+        mine = state.current = Pass(self._layout_of(args, kwargs))
+        state.depth += not entry
+        try:
+            out = original(*args, **kwargs)
+        except BaseException:
+            results.fail()
+            raise
+        else:
+            self.drain(mine)
+            if not entry or mine.ran:
+                results.commit(mine)
+            return out
+        finally:
+            state.depth -= not entry
+            state.current = outer
+            if outer is None:
+                results.end()
+                self._keeping.masks.clear()
+
+    def _current(self, name: str) -> Pass:
+        """This thread's pass; outside of the root's forward a loose one, new if a site repeats."""
+        state = self._state
+        if state.current is not None and not state.current.loose:
+            return state.current
+        loose = state.loose
+        if loose is None or name in loose.ran:
+            loose = state.loose = Pass(loose=True)
+            self._results.passes += 1
+        return loose
+
+    def drain(self, into: Pass | None = None) -> None:
+        """Read what compiled code noted, into a pass that is running or passes of their own."""
+        if not self._events:
+            return
+        with self._results.lock:
+            events, self._events[:] = list(self._events), []
+            done = into or Pass()
+            outer, self._state.current = self._state.current, done
+            try:
+                for event in events:
+                    if not isinstance(event, PassBegan):
+                        site = self._sites[event.site]
+                        self._finish(site, _notes_of(event, site, self._keeping))
+                    elif into is None:
+                        if done.ran:
+                            self._results.commit(done)
+                        done = self._state.current = Pass(self._layout_of(*event))
+                if into is None:
+                    self._results.commit(done)
+            finally:
+                self._state.current = outer
+
+    # -- sites -----------------------------------------------------------------------------------
+
+    def _run_site(self, site: Site, original: Forward, args: Args, kwargs: Kwargs) -> Any:
+        if _recomputing():
+            return original(*args, **kwargs)
+        self._results.make_room(site.name)
+        multihead = MultiheadReader(self._keeping)
+        if multihead.can_run(original):
+            out = multihead.run(original, args, kwargs)
+            self._finish(site, multihead.notes)
+            return out
+        sizes = _sizes(args, kwargs)
+        batch = sizes[0] if sizes else None
+        running, mark = self._state.running, object()
+        tap = KernelTap(
+            KernelReader(self._keeping, site.heads, batch, site.traits.heads_at),
+            multihead.notes,
+            active=lambda: running[-1] is mark,
+            instead={MULTIHEAD_FORWARD: multihead.multi_head_attention},
+        )
+        before = ProjectionTap(site.module) if self._options.projections else None
+        running.append(mark)
+        try:
+            if before is not None:
+                with before, tap:
+                    out = original(*args, **kwargs)
+            else:
+                with tap:
+                    out = original(*args, **kwargs)
+        finally:
+            running.pop()
+        self._finish(site, multihead.notes, sizes=sizes, before=before)
+        return out
+
+    def _finish(
+        self,
+        site: Site,
+        notes: Notes,
+        *,
+        sizes: tuple[int, ...] = (),
+        before: ProjectionTap | None = None,
+    ) -> None:
+        """A site has run: its attention goes to the pass, or the reason why there is none."""
+        now = self._current(site.name)
+        now.ran[site.name] = now.ran.get(site.name, 0) + 1
+        self._results.fired[site.name] += 1
+        try:
+            if now.ran[site.name] > 1 and not self._options.accumulate:
+                now.attention.pop(site.name, None)
+                raise CaptureError(
+                    f"ran {now.ran[site.name]} times in one forward pass (a shared module?); "
+                    "use accumulate=True for a list"
+                )
+            with torch.no_grad():
+                attention = self._read(site, notes, sizes, before, now.layout)
+            if self._options.sink is not None:
+                self._options.sink(site.name, attention)
+            else:
+                now.attention.setdefault(site.name, []).append(attention)
+        except Exception as error:  # kept for access: the user's forward goes on
+            now.errors.setdefault(site.name, error_text(error))
+        if now.loose:
+            self._results.commit(now, count=False)
+
+    def _read(
+        self,
+        site: Site,
+        notes: Notes,
+        sizes: tuple[int, ...],
+        before: ProjectionTap | None,
+        layout: TokenLayout | None,
+    ) -> Attention:
+        reading, attention = settle(site, notes, self._options.kernel_source, sizes=sizes)
+        if self._options.verify:
+            verify_reading(reading)
+        source = reading.source
+        if before is not None:
+            source, attention = "projection", before.attention(attention, rope=self._options.rope)
+        self._results.sources[site.name] = source
+        return attention.with_site(self._info(site, attention, source, layout))
+
+    def _info(
+        self, site: Site, attention: Attention, source: str, layout: TokenLayout | None
+    ) -> SiteInfo:
+        window = None
+        if site.name in self._cutters and site.name in self._state.grids:
+            shape, sizes = self._state.grids[site.name]
+            window = window_of(self._cutters[site.name], shape, sizes, attention)
+        # The same from pass to pass, unless pictures change their size.
+        key = (attention.shape, source, layout, window)
+        last = self._infos.get(site.name)
+        if last is None or last[0] != key:
+            rope = None if self._options.rope else False
+            info = site.info(
+                attention.shape, source=source, rope=rope, layout=layout, window=window
+            )
+            last = self._infos[site.name] = (key, info)
+        return last[1]
+
+    def _layout_of(self, args: Args, kwargs: Kwargs) -> TokenLayout | None:
+        layout = self._options.layout
+        if isinstance(layout, TokenLayout):
+            return layout
+        try:
+            if layout is not None:
+                return layout(self._model, args, kwargs)
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Tensor) and value.ndim in (4, 5):
+                    return layout_from_model(self._model, value)
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
+            pass  # nothing is known of this model: weights are exact all the same
+        return None
+
+
+def _eager(run: Listener, compiled: Listener | None = None) -> Listener:
+    """A listener that runs one thing in eager code and another where Dynamo traces it."""
+
+    def around(original: Forward, args: Args, kwargs: Kwargs) -> Any:
+        if not torch.compiler.is_compiling():
+            return run(original, args, kwargs)
+        return original(*args, **kwargs) if compiled is None else compiled(original, args, kwargs)
+
+    return around
+
+
+def _notes_of(event: KernelRan | Hidden, site: Site, keeping: Keeping) -> Notes:
+    notes = Notes()
+    if isinstance(event, Hidden):
+        notes.problems.append(f"{site.type} can't be read in compiled code")
+    else:
+        reader = KernelReader(keeping, site.heads, None, site.traits.heads_at)
+        notes.take("kernel", lambda: reader.sdpa(event.call, event.out, event.autocast))
+    return notes
+
+
+def _entries(model: nn.Module) -> list[str]:
+    """Methods that are ways into the model beside `forward`."""
+    names = []
+    for name in dir(type(model)):
+        if not name.startswith(ENTRIES) or hasattr(nn.Module, name):
+            continue
+        owner = next((cls for cls in type(model).__mro__ if name in cls.__dict__), None)
+        method = owner.__dict__[name] if owner else None
+        if callable(method) and not isinstance(method, type):
+            names.append(name)
+    return names
+
+
+def _recomputing() -> bool:
+    # Set while autograd runs a backward pass, where checkpointed blocks run a second time.
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _sizes(args: Args, kwargs: Kwargs) -> tuple[int, ...]:
+    """The shape of a module's input, its first tensor of three or more dimensions; else ()."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and not value.is_nested and value.ndim >= 3:
+            return tuple(value.shape)
+    return ()
