@@ -18,8 +18,13 @@ from golden import CASES, differences, kernel_calls, model_of, pictures, publish
 from torch import Tensor, nn
 
 from vggt_adapter import VGGT, VGGTConfig, ViTConfig
+from vggt_adapter.aggregator import (
+    Attention,
+    RotaryPositions,
+    VisionTransformer,
+    grid_positions,
+)
 from vggt_adapter.config import DINOV2_NAMES
-from vggt_adapter.model import Attention, RotaryPositions, VisionTransformer, grid_positions
 from vistvis.errors import InputError
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_embed": "conv"}

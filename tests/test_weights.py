@@ -95,7 +95,7 @@ def test_weights_are_small_and_complete(told: dict) -> None:
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
-    from vggt_adapter.checkpoint import load_tiny
+    from vggt_adapter.model import load_tiny
 
     for file in WEIGHTS.glob("vggt_tiny.*"):
         shutil.copy(file, tmp_path)

@@ -10,38 +10,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vggt_adapter.checkpoint import load_checkpoint as load_checkpoint
-    from vggt_adapter.checkpoint import save_checkpoint as save_checkpoint
+    from vggt_adapter.aggregator import Aggregator as Aggregator
     from vggt_adapter.config import VGGTConfig as VGGTConfig
     from vggt_adapter.config import ViTConfig as ViTConfig
     from vggt_adapter.demo import demo_visualize_token_attention as demo_visualize_token_attention
     from vggt_adapter.extractor import AttentionExtractor as AttentionExtractor
     from vggt_adapter.extractor import extract_both_attentions as extract_both_attentions
     from vggt_adapter.figures import visualize_attention_on_image as visualize_attention_on_image
+    from vggt_adapter.geometry import ImageGeometry as ImageGeometry
+    from vggt_adapter.geometry import preprocess_geometry as preprocess_geometry
     from vggt_adapter.model import VGGT as VGGT
-    from vggt_adapter.model import Aggregator as Aggregator
-    from vggt_adapter.preprocess import ImageGeometry as ImageGeometry
+    from vggt_adapter.model import load_checkpoint as load_checkpoint
+    from vggt_adapter.model import save_checkpoint as save_checkpoint
     from vggt_adapter.preprocess import LoadedImages as LoadedImages
     from vggt_adapter.preprocess import load_and_preprocess_images as load_and_preprocess_images
     from vggt_adapter.preprocess import load_images as load_images
-    from vggt_adapter.preprocess import preprocess_geometry as preprocess_geometry
     from vggt_adapter.values import get_attention_values as get_attention_values
 
 # Where the names above live; each module is imported when one of its names is first used.
 _LAZY = {
-    "checkpoint": ("load_checkpoint", "save_checkpoint"),
+    "aggregator": ("Aggregator",),
     "config": ("VGGTConfig", "ViTConfig"),
     "demo": ("demo_visualize_token_attention",),
     "extractor": ("AttentionExtractor", "extract_both_attentions"),
     "figures": ("visualize_attention_on_image",),
-    "model": ("VGGT", "Aggregator"),
-    "preprocess": (
-        "ImageGeometry",
-        "LoadedImages",
-        "load_and_preprocess_images",
-        "load_images",
-        "preprocess_geometry",
-    ),
+    "geometry": ("ImageGeometry", "preprocess_geometry"),
+    "model": ("VGGT", "load_checkpoint", "save_checkpoint"),
+    "preprocess": ("LoadedImages", "load_and_preprocess_images", "load_images"),
     "values": ("get_attention_values",),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _LAZY.items() for name in names}

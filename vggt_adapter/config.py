@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from vistvis.errors import InputError
 
+# VGGT's own: pixels along the side of a picture, and of a patch.
+IMAGE_SIZE, PATCH_SIZE = 518, 14
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -82,8 +85,8 @@ class VGGTConfig:
         If sizes do not fit each other.
     """
 
-    img_size: int = 518
-    patch_size: int = 14
+    img_size: int = IMAGE_SIZE
+    patch_size: int = PATCH_SIZE
     embed_dim: int = 1024
     depth: int = 24
     num_heads: int = 16

@@ -8,128 +8,32 @@ goes to white in every format that has it, not in RGBA alone.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from math import ceil, floor
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vistvis.errors import InputError, VistvisWarning
+from vggt_adapter.config import IMAGE_SIZE, PATCH_SIZE
+from vggt_adapter.geometry import Fit, ImageGeometry
+from vistvis.errors import InputError
 from vistvis.tokens import TokenLayout
 
 if TYPE_CHECKING:
     from PIL import Image
 
-MODES = ("crop", "pad")
 EXIF_ORIENTATION = 0x0112
+# Figures show pictures at least this wide.
+SHARP_WIDTH = 500
 
 PathLikes: TypeAlias = "str | PathLike[str] | Iterable[str | PathLike[str]]"
-Coordinate = TypeVar("Coordinate", float, NDArray[np.float64], Tensor)
-
-
-@dataclass(frozen=True)
-class ImageGeometry:
-    """How one photo became one model input: resized, then cropped or padded.
-
-    A pixel's coordinate names its centre: pixel (0, 0) is centred at (0, 0) and spans −0.5…0.5.
-    Resizing keeps corners on corners, so centres move by half a pixel times the change of scale.
-    x counts to the right, y down.
-
-    Attributes
-    ----------
-    original_size, resized_size, image_size
-        (H, W) of the photo (upright), of it after resizing, and of the model input.
-    offset
-        (y, x) of the resized photo's first pixel in the model input; negative where it was
-        cropped, positive where white was added before it.
-    """
-
-    original_size: tuple[int, int]
-    resized_size: tuple[int, int]
-    image_size: tuple[int, int]
-    offset: tuple[int, int]
-
-    @property
-    def scale(self) -> tuple[float, float]:
-        """Model pixels per original pixel, (y, x)."""
-        (height, width), (new_height, new_width) = self.original_size, self.resized_size
-        return new_height / height, new_width / width
-
-    def to_model(self, x: Coordinate, y: Coordinate) -> tuple[Coordinate, Coordinate]:
-        """Original pixel coordinates → those of the model input; numbers, arrays or tensors.
-
-        What was cropped away comes out below 0 or past the picture's end.
-        """
-        scale_y, scale_x = self.scale
-        return (
-            (x + 0.5) * scale_x - 0.5 + self.offset[1],
-            (y + 0.5) * scale_y - 0.5 + self.offset[0],
-        )
-
-    def to_original(self, x: Coordinate, y: Coordinate) -> tuple[Coordinate, Coordinate]:
-        """Model-input pixel coordinates → those of the original; inverse of `to_model`.
-
-        White padding comes out below 0 or past the photo's end.
-        """
-        scale_y, scale_x = self.scale
-        return (
-            (x - self.offset[1] + 0.5) / scale_x - 0.5,
-            (y - self.offset[0] + 0.5) / scale_y - 0.5,
-        )
-
-    def model_pixel(self, x: float, y: float) -> tuple[int, int]:
-        """The model-input pixel (x, y) that shows a pixel of the original.
-
-        For `TokenLayout.token_at(frame, *geometry.model_pixel(x, y))`.
-
-        Raises
-        ------
-        InputError
-            If the original has no such pixel, or it was cropped away.
-        """
-        height, width = self.original_size
-        if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
-            raise InputError(
-                f"pixel ({x:g}, {y:g}) lies outside the {width}×{height} photo; x goes from 0 to "
-                f"{width - 1}, y from 0 to {height - 1}"
-            )
-        in_x, in_y = self.to_model(float(x), float(y))
-        # The pixel whose span holds the point; the far edge itself belongs to the last pixel.
-        column = min(floor(in_x + 0.5), self.offset[1] + self.resized_size[1] - 1)
-        row = min(floor(in_y + 0.5), self.offset[0] + self.resized_size[0] - 1)
-        if not (0 <= column < self.image_size[1] and 0 <= row < self.image_size[0]):
-            x0, y0, x1, y1 = self.visible_box
-            raise InputError(
-                f"pixel ({x:g}, {y:g}) of the {width}×{height} photo was cropped away; the model "
-                f"sees x {ceil(x0 - 0.5)}…{floor(x1 - 0.5)}, y {ceil(y0 - 0.5)}…{floor(y1 - 0.5)}: "
-                'choose one there, or load with mode="pad"'
-            )
-        return column, row
-
-    def box_to_original(
-        self, box: tuple[float, float, float, float]
-    ) -> tuple[float, float, float, float]:
-        """A box (x0, y0, x1, y1) of edges, as `TokenPlace.box`, in the original's pixels.
-
-        Edges, not centres: (0, 0, W, H) is the whole picture. A box on padding reaches outside.
-        """
-        x0, y0 = self.to_original(float(box[0]) - 0.5, float(box[1]) - 0.5)
-        x1, y1 = self.to_original(float(box[2]) - 0.5, float(box[3]) - 0.5)
-        return x0 + 0.5, y0 + 0.5, x1 + 0.5, y1 + 0.5
-
-    @property
-    def visible_box(self) -> tuple[float, float, float, float]:
-        """The part (x0, y0, x1, y1) of the original that the model sees, as edges."""
-        x0, y0, x1, y1 = self.box_to_original((0, 0, self.image_size[1], self.image_size[0]))
-        height, width = self.original_size
-        return max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+Bytes: TypeAlias = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -144,11 +48,26 @@ class LoadedImages:
         One `ImageGeometry` for each.
     paths
         The files, in the same order.
+    sharp_pixels
+        (S, k · H, k · W, 3) bytes: the same views with more pixels, where the model takes pictures
+        less than 500 wide. At most 3 MB a photo.
     """
 
     images: Tensor
     geometries: tuple[ImageGeometry, ...]
     paths: tuple[Path, ...]
+    sharp_pixels: Bytes | None = field(default=None, repr=False)
+
+    def sharp(self) -> NDArray[np.float32] | None:
+        """The same views with more pixels, for figures of a model that takes small pictures.
+
+        Returns
+        -------
+        `(S, k·H, k·W, 3)` in [0, 1]; None where the model's own pictures are large enough.
+        """
+        if self.sharp_pixels is None:
+            return None
+        return self.sharp_pixels.astype(np.float32) / np.float32(255)
 
     def token_at(self, layout: TokenLayout, frame: int, x: float, y: float) -> int:
         """The absolute index of the patch under pixel (x, y) of the original photo of a frame.
@@ -173,9 +92,9 @@ class LoadedImages:
 def load_and_preprocess_images(
     paths: PathLikes,
     mode: str = "crop",
-    size: int = 518,
+    size: int = IMAGE_SIZE,
     *,
-    patch_size: int = 14,
+    patch_size: int = PATCH_SIZE,
     exif: bool = True,
 ) -> Tensor:
     """Load photos of one scene for the model: `load_images`, and only the pixels of it.
@@ -191,8 +110,8 @@ def load_images(
     paths: PathLikes,
     *,
     mode: str = "crop",
-    size: int = 518,
-    patch_size: int = 14,
+    size: int = IMAGE_SIZE,
+    patch_size: int = PATCH_SIZE,
     exif: bool = True,
 ) -> LoadedImages:
     """Load photos of one scene for the model, with the geometry that leads back to them.
@@ -220,95 +139,31 @@ def load_images(
     InputError
         If there is no path, the mode or size is none, or a file cannot be read as a picture.
     """
-    files = _files(paths)
-    _check(mode, size, patch_size)
+    files, fit = _files(paths), Fit(mode, size, patch_size)
     for file in files:  # a missing file at the end fails before the others cost time
         _opened(file).close()
-    sizes, pictures = [], []
-    for file in files:
-        photo_size, pixels = _read(file, mode, size, patch_size, exif=exif)
-        sizes.append(photo_size)
-        pictures.append(pixels)
-    geometries = preprocess_geometry(sizes, mode=mode, size=size, patch_size=patch_size)
-
-    height, width = geometries[0].image_size
-    images = torch.ones(len(files), 3, height, width)
-    for target, pixels, geometry in zip(images, pictures, geometries, strict=True):
-        _paste(target, pixels, geometry.offset)
-    return LoadedImages(images, geometries, files)
+    # Twice the size of the model's pictures, three times, …: the same view, pixel in pixel.
+    scales = (1, -(-SHARP_WIDTH // size)) if size < SHARP_WIDTH else (1,)
+    read = [_read(file, fit, scales, exif=exif) for file in files]
+    geometries = fit.together([photo_size for photo_size, _ in read])
+    small, *sharp = (
+        _on_canvas([resized[number] for _, resized in read], geometries, scale)
+        for number, scale in enumerate(scales)
+    )
+    images = rearrange(torch.from_numpy(small), "s h w c -> s c h w").contiguous().float() / 255
+    return LoadedImages(images, geometries, files, *sharp)
 
 
-def preprocess_geometry(
-    sizes: Sequence[tuple[int, int]], *, mode: str = "crop", size: int = 518, patch_size: int = 14
-) -> tuple[ImageGeometry, ...]:
-    """Where `load_images` would put photos of these sizes; reads no file.
-
-    Parameters
-    ----------
-    sizes
-        (width, height) of each photo, upright, in pixels.
-    mode, size, patch_size
-        As in `load_images`.
-
-    Raises
-    ------
-    InputError
-        As `load_images`, and if a size is not positive.
-    """
-    _check(mode, size, patch_size)
-    if not sizes:
-        raise InputError("at least one photo is needed, got none; give its (width, height)")
-    alone = [_geometry(width, height, mode, size, patch_size) for width, height in sizes]
-    shapes = sorted({one.image_size for one in alone})
-    largest = (max(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
-    if len(shapes) > 1:
-        listed = ", ".join(f"{w}×{h}" for h, w in shapes)
-        warnings.warn(
-            f"the photos end in different sizes ({listed}); all are padded with white to "
-            f"{largest[1]}×{largest[0]}",
-            VistvisWarning,
-            stacklevel=2,
-        )
-    return tuple(_padded(one, largest) for one in alone)
-
-
-def _geometry(width: int, height: int, mode: str, size: int, patch: int) -> ImageGeometry:
-    if width < 1 or height < 1:
-        raise InputError(f"a photo must have at least one pixel, got {width}×{height}")
-
-    def rounded(side: int, other: int) -> int:
-        # A very long photo would round to nothing: one patch is the least.
-        return max(round(side * (size / other) / patch) * patch, patch)
-
-    if mode == "crop" or width >= height:
-        new_width, new_height = size, rounded(height, width)
-    else:
-        new_width, new_height = rounded(width, height), size
-    resized = (new_height, new_width)
-    if mode == "crop":
-        cut = max(new_height - size, 0)
-        return ImageGeometry(
-            (height, width), resized, (new_height - cut, size), offset=(-(cut // 2), 0)
-        )
-    return _padded(ImageGeometry((height, width), resized, resized, (0, 0)), (size, size))
-
-
-def _padded(geometry: ImageGeometry, shape: tuple[int, int]) -> ImageGeometry:
-    """The same picture in the middle of a larger one; an odd pixel more goes below and right."""
-    top, left = ((new - old) // 2 for new, old in zip(shape, geometry.image_size, strict=True))
-    offset = (geometry.offset[0] + top, geometry.offset[1] + left)
-    return replace(geometry, image_size=shape, offset=offset)
-
-
-def _paste(target: Tensor, pixels: NDArray[np.uint8], offset: tuple[int, int]) -> None:
-    """Put (h, w, 3) bytes into a white (3, H, W) picture, as far as they lie inside it."""
-    _, height, width = target.shape
-    top, left = offset
-    seen = pixels[max(-top, 0) : height - top, max(-left, 0) : width - left]
-    top, left = max(top, 0), max(left, 0)
-    # A copy: what PIL hands out is read-only, which torch warns about.
-    values = torch.from_numpy(np.array(seen)).permute(2, 0, 1).float() / 255
-    target[:, top : top + seen.shape[0], left : left + seen.shape[1]] = values
+def _on_canvas(photos: Sequence[Bytes], geometries: Sequence[ImageGeometry], scale: int) -> Bytes:
+    """Resized photos (h, w, 3) where they belong on white: (S, scale · H, scale · W, 3)."""
+    height, width = (scale * side for side in geometries[0].image_size)
+    canvas = np.full((len(photos), height, width, 3), 255, np.uint8)
+    for target, pixels, geometry in zip(canvas, photos, geometries, strict=True):
+        top, left = (scale * side for side in geometry.offset)
+        seen = pixels[max(-top, 0) : height - top, max(-left, 0) : width - left]
+        top, left = max(top, 0), max(left, 0)
+        target[top : top + seen.shape[0], left : left + seen.shape[1]] = seen
+    return canvas
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -329,19 +184,6 @@ def _files(paths: PathLikes) -> tuple[Path, ...]:
     return files
 
 
-def _check(mode: str, size: int, patch_size: int) -> None:
-    if mode not in MODES:
-        raise InputError(f"mode must be 'crop' or 'pad', got {mode!r}; use mode='crop'")
-    if patch_size < 1:
-        raise InputError(f"patch_size must be positive, got {patch_size}; VGGT's is 14")
-    if size < patch_size or size % patch_size:
-        near = max(patch_size, round(size / patch_size) * patch_size)
-        raise InputError(
-            f"size must be a positive multiple of the patch size {patch_size}, got {size}; "
-            f"use {near}"
-        )
-
-
 def _opened(file: Path) -> Image.Image:
     from PIL import Image
 
@@ -358,9 +200,9 @@ def _opened(file: Path) -> Image.Image:
 
 
 def _read(
-    file: Path, mode: str, size: int, patch_size: int, *, exif: bool
-) -> tuple[tuple[int, int], NDArray[np.uint8]]:
-    """The upright photo's (width, height), and it resized and on white: (h, w, 3) bytes."""
+    file: Path, fit: Fit, scales: Sequence[int], *, exif: bool
+) -> tuple[tuple[int, int], list[Bytes]]:
+    """The upright photo's (width, height), and it on white, (h, w, 3), at each scale."""
     from PIL import Image, ImageOps
 
     try:
@@ -371,10 +213,12 @@ def _read(
             upright: Image.Image = picture
             if exif and _orientation(picture) != 1:
                 upright = ImageOps.exif_transpose(picture)
-            geometry = _geometry(*upright.size, mode, size, patch_size)
-            height, width = geometry.resized_size
-            resized = _on_white(upright).resize((width, height), Image.Resampling.BICUBIC)
-            return upright.size, np.asarray(resized)
+            height, width = fit.alone(*upright.size).resized_size
+            photo = _on_white(upright)
+            return upright.size, [
+                np.asarray(photo.resize((k * width, k * height), Image.Resampling.BICUBIC))
+                for k in scales
+            ]
     except (MemoryError, InputError):
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib.error, …
