@@ -129,8 +129,8 @@ class Capture(Mapping[str, Attention]):
     def close(self) -> None:
         """Take everything off the model and let go of what was captured."""
         self.remove()
+        self._watch.events.clear()
         self._results.attention.clear()
-        self._watch.forget()
         self._released = True
 
     def __enter__(self) -> Capture:

@@ -14,20 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistvis.attention import Attention, SiteInfo
-from vistvis.errors import CaptureError
+from vistvis.hooks.finishing import Cut, Finisher, SiteRun
 from vistvis.hooks.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
 from vistvis.hooks.patching import Forward, Listener, attach, detach
 from vistvis.hooks.projections import ProjectionTap
-from vistvis.hooks.readings import Keeping, KernelReader, Notes, error_text
+from vistvis.hooks.readings import Keeping, KernelReader, Notes
 from vistvis.hooks.results import Options, Pass, Results
-from vistvis.hooks.settling import settle
 from vistvis.hooks.tap import CompiledTap, Event, Hidden, KernelRan, KernelTap, PassBegan
-from vistvis.hooks.verify import verify_reading
 from vistvis.models.families import ENTRIES
 from vistvis.models.layouts import layout_from_model
 from vistvis.models.sites import Site, SiteList
-from vistvis.models.windows import window_cutter, window_of
+from vistvis.models.windows import window_cutter
 from vistvis.tokens import TokenLayout
 
 Args = tuple[Any, ...]
@@ -39,7 +36,6 @@ class _ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.running: list[object] = []  # the sites inside each other that run just now
-        self.grids: dict[str, tuple[tuple[int, ...], Any]] = {}
         self.current: Pass | None = None
         self.loose: Pass | None = None
         self.depth = 0
@@ -55,9 +51,9 @@ class Watch:
         self._sites = {site.name: site for site in sites}
         self._keeping = Keeping(options.keep, options.verify)
         self._state = _ThreadState()
-        self._events: list[Event] = []
-        self._infos: dict[str, tuple[Any, SiteInfo]] = {}
-        self._cutters: dict[str, nn.Module] = {}
+        self.events: list[Event] = []
+        """What compiled code noted and nobody has read yet."""
+        self._finisher = Finisher(options, results)
         self._undo: list[Callable[[], None]] = []
         try:
             self._attach()
@@ -73,8 +69,7 @@ class Watch:
             self._listen(site.module, self._site_listener(site))
             cutter = window_cutter(inner, site.path, site.module)
             if cutter is not None:
-                self._cutters[site.name] = cutter
-                self._listen(cutter, self._cutter_listener(site))
+                self._listen(cutter, self._cutter_listener(site, cutter))
         modules = {site.module: site for site in self._sites.values()}
         for layer in encoder_layers(self._model, list(modules)):
             self._listen(layer, self._encoder_listener(modules[layer.self_attn]))
@@ -98,15 +93,10 @@ class Watch:
             self._undo[-1]()
             self._undo.pop()
 
-    def forget(self) -> None:
-        """Let go of what is held between passes."""
-        self._infos.clear()
-        self._events.clear()
-
     # -- listeners: what runs in place of a module's own method ----------------------------------
 
     def _site_listener(self, site: Site) -> Listener:
-        events, name, values = self._events, site.name, self._options.verify
+        events, name, values = self.events, site.name, self._options.verify
 
         def compiled(original: Forward, args: Args, kwargs: Kwargs) -> Any:
             if site.source == "module":
@@ -121,7 +111,7 @@ class Watch:
         return _eager(run, compiled)
 
     def _root_listener(self) -> Listener:
-        events = self._events
+        events = self.events
 
         def compiled(original: Forward, args: Args, kwargs: Kwargs) -> Any:
             events.append(PassBegan(args, kwargs))
@@ -129,13 +119,13 @@ class Watch:
 
         return _eager(self._run_root, compiled)
 
-    def _cutter_listener(self, site: Site) -> Listener:
+    def _cutter_listener(self, site: Site, cutter: nn.Module) -> Listener:
         """On a block that cuts windows for a site: notes the grid that it cuts."""
 
         def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
             if args and isinstance(args[0], Tensor):
                 sizes = args[1] if len(args) > 1 else kwargs.get("input_dimensions")
-                self._state.grids[site.name] = (tuple(args[0].shape), sizes)
+                self._finisher.cuts[site.name] = Cut(cutter, tuple(args[0].shape), sizes)
             return original(*args, **kwargs)
 
         return _eager(run)
@@ -149,7 +139,7 @@ class Watch:
                 return original(*args, **kwargs)
             out = reader.run(original, args, kwargs)
             if reader.notes.readings:
-                self._finish(site, reader.notes)
+                self._finish(SiteRun(site, reader.notes))
             return out
 
         return _eager(run)
@@ -205,19 +195,22 @@ class Watch:
             self._results.passes += 1
         return loose
 
+    def _finish(self, run: SiteRun) -> None:
+        self._finisher.finish(run, self._current(run.site.name))
+
     def drain(self, into: Pass | None = None) -> None:
         """Read what compiled code noted, into a pass that is running or passes of their own."""
-        if not self._events:
+        if not self.events:
             return
         with self._results.lock:
-            events, self._events[:] = list(self._events), []
+            events, self.events[:] = list(self.events), []
             done = into or Pass()
             outer, self._state.current = self._state.current, done
             try:
                 for event in events:
                     if not isinstance(event, PassBegan):
                         site = self._sites[event.site]
-                        self._finish(site, _notes_of(event, site, self._keeping))
+                        self._finish(SiteRun(site, _notes_of(event, site, self._keeping)))
                     elif into is None:
                         if done.ran:
                             self._results.commit(done)
@@ -227,8 +220,6 @@ class Watch:
             finally:
                 self._state.current = outer
 
-    # -- sites -----------------------------------------------------------------------------------
-
     def _run_site(self, site: Site, original: Forward, args: Args, kwargs: Kwargs) -> Any:
         if _recomputing():
             return original(*args, **kwargs)
@@ -236,7 +227,7 @@ class Watch:
         multihead = MultiheadReader(self._keeping)
         if multihead.can_run(original):
             out = multihead.run(original, args, kwargs)
-            self._finish(site, multihead.notes)
+            self._finish(SiteRun(site, multihead.notes))
             return out
         sizes = _sizes(args, kwargs)
         batch = sizes[0] if sizes else None
@@ -258,73 +249,8 @@ class Watch:
                     out = original(*args, **kwargs)
         finally:
             running.pop()
-        self._finish(site, multihead.notes, sizes=sizes, before=before)
+        self._finish(SiteRun(site, multihead.notes, sizes, before))
         return out
-
-    def _finish(
-        self,
-        site: Site,
-        notes: Notes,
-        *,
-        sizes: tuple[int, ...] = (),
-        before: ProjectionTap | None = None,
-    ) -> None:
-        """A site has run: its attention goes to the pass, or the reason why there is none."""
-        now = self._current(site.name)
-        now.ran[site.name] = now.ran.get(site.name, 0) + 1
-        self._results.fired[site.name] += 1
-        try:
-            if now.ran[site.name] > 1 and not self._options.accumulate:
-                now.attention.pop(site.name, None)
-                raise CaptureError(
-                    f"ran {now.ran[site.name]} times in one forward pass (a shared module?); "
-                    "use accumulate=True for a list"
-                )
-            with torch.no_grad():
-                attention = self._read(site, notes, sizes, before, now.layout)
-            if self._options.sink is not None:
-                self._options.sink(site.name, attention)
-            else:
-                now.attention.setdefault(site.name, []).append(attention)
-        except Exception as error:  # kept for access: the user's forward goes on
-            now.errors.setdefault(site.name, error_text(error))
-        if now.loose:
-            self._results.commit(now, count=False)
-
-    def _read(
-        self,
-        site: Site,
-        notes: Notes,
-        sizes: tuple[int, ...],
-        before: ProjectionTap | None,
-        layout: TokenLayout | None,
-    ) -> Attention:
-        reading, attention = settle(site, notes, self._options.kernel_source, sizes=sizes)
-        if self._options.verify:
-            verify_reading(reading)
-        source = reading.source
-        if before is not None:
-            source, attention = "projection", before.attention(attention, rope=self._options.rope)
-        self._results.sources[site.name] = source
-        return attention.with_site(self._info(site, attention, source, layout))
-
-    def _info(
-        self, site: Site, attention: Attention, source: str, layout: TokenLayout | None
-    ) -> SiteInfo:
-        window = None
-        if site.name in self._cutters and site.name in self._state.grids:
-            shape, sizes = self._state.grids[site.name]
-            window = window_of(self._cutters[site.name], shape, sizes, attention)
-        # The same from pass to pass, unless pictures change their size.
-        key = (attention.shape, source, layout, window)
-        last = self._infos.get(site.name)
-        if last is None or last[0] != key:
-            rope = None if self._options.rope else False
-            info = site.info(
-                attention.shape, source=source, rope=rope, layout=layout, window=window
-            )
-            last = self._infos[site.name] = (key, info)
-        return last[1]
 
     def _layout_of(self, args: Args, kwargs: Kwargs) -> TokenLayout | None:
         layout = self._options.layout

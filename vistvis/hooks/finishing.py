@@ -1,0 +1,100 @@
+"""A site has run: what was seen becomes attention with a description, or the reason why not."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from vistvis.attention import Attention, SiteInfo
+from vistvis.errors import CaptureError
+from vistvis.hooks.projections import ProjectionTap
+from vistvis.hooks.readings import Notes, error_text
+from vistvis.hooks.results import Options, Pass, Results
+from vistvis.hooks.settling import settle
+from vistvis.hooks.verify import verify_reading
+from vistvis.models.sites import Site
+from vistvis.models.windows import window_of
+from vistvis.tokens import TokenLayout
+
+
+@dataclass(frozen=True)
+class SiteRun:
+    """One run of a site: what it showed, the shape of its input where that tells something, and
+    its projections where those were asked for."""
+
+    site: Site
+    notes: Notes
+    sizes: tuple[int, ...] = ()
+    before: ProjectionTap | None = None
+
+
+class Cut(NamedTuple):
+    """What a block got that cuts windows for a site: the shape of its input, and grid sizes."""
+
+    cutter: nn.Module
+    shape: tuple[int, ...]
+    sizes: Any
+
+
+class Finisher(threading.local):
+    """Ends runs of sites; of each thread its own, since threads see pictures of other sizes."""
+
+    def __init__(self, options: Options, results: Results) -> None:
+        self._options, self._results = options, results
+        self._infos: dict[str, tuple[Any, SiteInfo]] = {}
+        self.cuts: dict[str, Cut] = {}
+        """By name of the site, how windows were cut for its next run."""
+
+    def finish(self, run: SiteRun, now: Pass) -> None:
+        """Hand the attention of a run to its pass or the sink, or keep why there is none."""
+        name = run.site.name
+        now.ran[name] = now.ran.get(name, 0) + 1
+        self._results.fired[name] += 1
+        try:
+            if now.ran[name] > 1 and not self._options.accumulate:
+                now.attention.pop(name, None)
+                raise CaptureError(
+                    f"ran {now.ran[name]} times in one forward pass (a shared module?); "
+                    "use accumulate=True for a list"
+                )
+            with torch.no_grad():
+                attention = self._read(run, now.layout)
+                if self._options.sink is not None:
+                    self._options.sink(name, attention)
+                else:
+                    now.attention.setdefault(name, []).append(attention)
+        except Exception as error:  # kept for access: the user's forward goes on
+            now.errors.setdefault(name, error_text(error))
+        if now.loose:
+            self._results.commit(now, count=False)
+
+    def _read(self, run: SiteRun, layout: TokenLayout | None) -> Attention:
+        options = self._options
+        reading, attention = settle(run.site, run.notes, options.kernel_source, sizes=run.sizes)
+        source = reading.source
+        if options.verify:
+            verify_reading(reading)
+        if run.before is not None:
+            source, attention = "projection", run.before.attention(attention, rope=options.rope)
+        self._results.sources[run.site.name] = source
+        return attention.with_site(self._info(run.site, attention, source, layout))
+
+    def _info(
+        self, site: Site, attention: Attention, source: str, layout: TokenLayout | None
+    ) -> SiteInfo:
+        cut = self.cuts.get(site.name)
+        window = None if cut is None else window_of(*cut, attention)
+        # The same from pass to pass, unless pictures change their size.
+        key = (attention.shape, source, layout, window)
+        last = self._infos.get(site.name)
+        if last is None or last[0] != key:
+            rope = None if self._options.rope else False
+            info = site.info(
+                attention.shape, source=source, rope=rope, layout=layout, window=window
+            )
+            last = self._infos[site.name] = (key, info)
+        return last[1]
