@@ -159,3 +159,13 @@ def test_public_names_are_themselves_at_the_second_use(package: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_the_architecture_page_shows_the_table() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")]
+    shown = {
+        wing.strip().strip("`/"): {name.strip() for name in may.split(",")} - {"–"}
+        for wing, _, may in rows
+    }
+    assert shown == WINGS
