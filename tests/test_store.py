@@ -24,8 +24,9 @@ import vistvis
 from vistvis import Attention, SiteInfo, TokenLayout, WindowInfo
 from vistvis.errors import CaptureError, InputError, SiteError, StoreError
 from vistvis.images import image_tensor
-from vistvis.store import Run, RunWriter, open_run, reader, save_run
-from vistvis.store.places import LocalFolder, RemoteFolder
+from vistvis.store import Run, RunWriter, open_run, save_run
+from vistvis.store import manifest as manifest_module
+from vistvis.store.folders import LocalFolder, RemoteFolder
 from vistvis.store.tensors import Encoded
 
 LAYOUT = TokenLayout(2, (3, 4), ("camera", "register"), patch_size=(14, 16))
@@ -189,7 +190,7 @@ def test_weights_alone_survive_and_the_manifest_says_so(tmp_path: Path) -> None:
     given = Attention.from_weights(torch.rand(1, 2, N, N).half(), site=site("w"))
     run = save_run({"w": given}, tmp_path / "run")
     same(run["w"], given)
-    assert run.record("w").kind == "weights"
+    assert run.record("w").holds == "weights"
     assert json.loads((tmp_path / "run/manifest.json").read_text())["sites"]["w"]["kind"] == (
         "weights"
     )
@@ -333,13 +334,13 @@ def test_opening_reads_no_data_and_the_first_touch_checks_once(
     given = captured(3)
     save_run(given, tmp_path / "run", images=torch.zeros(2, 3, 4, 4))
     checked: list[str] = []
-    real = reader.crc32_of_file
+    real = manifest_module.checksum
 
     def counted(path: Path) -> tuple[int, int]:
         checked.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(reader, "crc32_of_file", counted)
+    monkeypatch.setattr(manifest_module, "checksum", counted)
     run = open_run(tmp_path / "run")
     assert checked == []
     run["global_block_1"].rows(3)
@@ -395,12 +396,12 @@ class Gate:
         self.open, self.reached, self.written = threading.Event(), threading.Event(), list[str]()
         real = LocalFolder.write
 
-        def write(place: LocalFolder, name: str, pieces: Any) -> tuple[int, int]:
+        def write(folder: LocalFolder, name: str, pieces: Any) -> tuple[int, int]:
             if name.startswith("sites/"):
                 self.reached.set()
                 assert self.open.wait(20)
                 self.written.append(name)
-            return real(place, name, pieces)
+            return real(folder, name, pieces)
 
         monkeypatch.setattr(LocalFolder, "write", write)
 
@@ -460,8 +461,8 @@ def test_each_site_is_listed_as_soon_as_it_is_stored(
     seen: list[tuple[str, ...]] = []
     real = LocalFolder.write
 
-    def write(place: LocalFolder, name: str, pieces: Any) -> tuple[int, int]:
-        result = real(place, name, pieces)
+    def write(folder: LocalFolder, name: str, pieces: Any) -> tuple[int, int]:
+        result = real(folder, name, pieces)
         if name == "manifest.json":
             run = open_run(tmp_path / "run")
             run.check()
@@ -481,10 +482,10 @@ def test_errors_surface_at_the_next_write_and_at_close(
 ) -> None:
     real = LocalFolder.write
 
-    def write(place: LocalFolder, name: str, pieces: Any) -> tuple[int, int]:
+    def write(folder: LocalFolder, name: str, pieces: Any) -> tuple[int, int]:
         if "block_1" in name:
             raise OSError(28, "No space left on device", name)
-        return real(place, name, pieces)
+        return real(folder, name, pieces)
 
     monkeypatch.setattr(LocalFolder, "write", write)
     given = captured(4)
@@ -713,10 +714,10 @@ def test_a_run_that_is_replaced_while_it_is_opened(
     save_run(first, tmp_path / "run")
     real = LocalFolder.sizes
 
-    def sizes(place: LocalFolder) -> dict[str, int]:
+    def sizes(folder: LocalFolder) -> dict[str, int]:
         monkeypatch.setattr(LocalFolder, "sizes", real)
         save_run(second, tmp_path / "run")
-        return real(place)
+        return real(folder)
 
     monkeypatch.setattr(LocalFolder, "sizes", sizes)
     all_same(open_run(tmp_path / "run"), second)
@@ -777,9 +778,9 @@ def test_behind_a_url_the_manifest_comes_last(url: str, monkeypatch: pytest.Monk
     puts: list[str] = []
     real = RemoteFolder.write
 
-    def write(place: RemoteFolder, name: str, pieces: Any) -> tuple[int, int]:
+    def write(folder: RemoteFolder, name: str, pieces: Any) -> tuple[int, int]:
         puts.append(name)
-        return real(place, name, pieces)
+        return real(folder, name, pieces)
 
     monkeypatch.setattr(RemoteFolder, "write", write)
     save_run(captured(2), url, images=torch.zeros(2, 3, 4, 4))

@@ -25,7 +25,7 @@ import torch
 from vistvis import Attention, TokenLayout
 from vistvis.errors import InputError, StoreError, VistvisError
 from vistvis.store import RunWriter, open_run, save_run
-from vistvis.store import places as places_module
+from vistvis.store import folders as folders_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -301,7 +301,7 @@ def test_nothing_is_unpickled(run: Path, tmp_path: Path) -> None:
     path = run / FILES[0]
     for data in (pickle.dumps(Evil()), b"PK\x03\x04" + pickle.dumps(Evil())):
         path.write_bytes(data)
-        size, crc = places_module.LocalFolder(run).write("sites/block_1.safetensors", [data])
+        size, crc = folders_module.LocalFolder(run).write("sites/block_1.safetensors", [data])
 
         def forge(manifest: Any, size: int = size, crc: int = crc) -> None:
             manifest["sites"]["block_1"].update(bytes=size, crc32=f"{crc:08x}")
@@ -316,7 +316,7 @@ def test_a_file_that_is_sound_but_does_not_fit(run: Path) -> None:
     """Everything agrees but the tensors with each other: still no wrong weights."""
     tensors = {"query": torch.ones(1, 3, 9, 4), "key": torch.ones(1, 2, 9, 4)}
     data = safetensors.torch.save(tensors)
-    size, crc = places_module.LocalFolder(run).write(FILES[0], [data])
+    size, crc = folders_module.LocalFolder(run).write(FILES[0], [data])
 
     def forge(manifest: Any) -> None:
         manifest["sites"]["block_1"].update(
@@ -341,7 +341,7 @@ def test_a_disk_that_is_full_at_any_moment(
     path, first, second = tmp_path / "run", captured(), captured(seed=1)
     if before:
         save_run(first, path)
-    calls, real = 0, places_module.os.fsync
+    calls, real = 0, folders_module.os.fsync
 
     def full(handle: int) -> None:
         nonlocal calls
@@ -350,11 +350,11 @@ def test_a_disk_that_is_full_at_any_moment(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(handle)
 
-    monkeypatch.setattr(places_module.os, "fsync", full)
+    monkeypatch.setattr(folders_module.os, "fsync", full)
     with pytest.raises(StoreError, match=r"No space left.*free some space") as caught:
         save_run(second, path)
     assert str(path) in str(caught.value)
-    monkeypatch.setattr(places_module.os, "fsync", real)
+    monkeypatch.setattr(folders_module.os, "fsync", real)
     assert not list(path.rglob("*.part"))
     if before:
         check(path, first)

@@ -13,6 +13,8 @@ from vistvis.errors import InputError, StoreError
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
+TEMPORARY = ".part"  # how the name of a file ends that `atomic_file` has not finished
+
 
 def checked_name(name: object, what: str = "name") -> str:
     """`name`, if it is one plain component of a path.
@@ -68,7 +70,7 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     With `sync` the bytes are on the disk before the name is; without, a power cut may lose the
     file, which is right for pictures that can be drawn again.
     """
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with open(temporary, "xb") as file:
             yield file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def summary(stored: Run) -> dict[str, Any]:
         "complete": stored.complete,
         "sites": {
             name: {
-                "kind": record.kind,
+                "kind": record.holds,
                 "shape": list(record.shape),
                 "dtype": record.dtype,
                 "bytes": record.file.nbytes,
@@ -66,22 +67,18 @@ def lines(stored: Run, *, checked: bool) -> list[str]:
     """What is printed, for people."""
     from vistvis.attention.checks import bytes_text
 
-    dense = 0
-    rows = []
-    for name in stored:
-        record = stored.record(name)
-        batch, heads, queries, keys = record.shape
-        dense += 2 * batch * heads * queries * keys
-        what = "Q and K" if record.kind == "qk" else "weights"
-        extra = [part for part in ("mask",) if part in record.file.tensors]
-        rows.append(
-            (
-                name,
-                " × ".join(map(str, record.shape)),
-                f"{what} {record.dtype}" + "".join(f" + {part}" for part in extra),
-                bytes_text(record.file.nbytes),
-            )
+    records = {name: stored.record(name) for name in stored}
+    dense = sum(2 * math.prod(record.shape) for record in records.values())
+    rows = [
+        (
+            name,
+            " × ".join(map(str, record.shape)),
+            f"{'Q and K' if record.holds == 'qk' else 'weights'} {record.dtype}"
+            + (" + mask" if "mask" in record.file.tensors else ""),
+            bytes_text(record.file.nbytes),
         )
+        for name, record in records.items()
+    ]
     images = stored.image_shape
     head = [
         ("run", stored.path),
@@ -106,9 +103,9 @@ def lines(stored: Run, *, checked: bool) -> list[str]:
 
 
 def _state(stored: Run, *, checked: bool) -> str:
-    known = len(stored.expected)
+    count = len(stored.expected)
     if stored.missing:
-        return f"{len(stored)} of {known} sites; store it again to go on with it"
+        return f"{len(stored)} of {count} sites; store it again to go on with it"
     if not stored.complete:
-        return f"{known} sites, but its writer was cut short: there may have been more to come"
-    return f"complete, {known} sites" + (", every checksum agrees" if checked else "")
+        return f"{count} sites, but its writer was cut short: there may have been more to come"
+    return f"complete, {count} sites" + (", every checksum agrees" if checked else "")

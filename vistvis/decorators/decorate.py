@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from vistvis.attention.checks import describe
 from vistvis.errors import InputError, VistvisWarning
@@ -17,6 +18,7 @@ from vistvis.state import LayerCounter, state
 from vistvis.store.formats import checked_format, write
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Arguments: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 
 
 def visTvis_store(
@@ -80,7 +82,7 @@ def visTvis_store(
             write(value, inside(base, *where.parts))
         return result
 
-    return lambda function: _wrapped(function, keep)
+    return lambda function: _wrapped(function, contextlib.nullcontext, keep)
 
 
 def visTvis_layer_counter(
@@ -107,60 +109,21 @@ def visTvis_layer_counter(
                 f"{var_name!r} of {_name(function)} takes many values, not one counter"
             )
 
-        def bound(args: Any, kwargs: Any) -> tuple[inspect.BoundArguments | None, Any]:
-            if parameter is None:
-                return None, None
-            try:
-                arguments = signature.bind_partial(*args, **kwargs)
-            except TypeError:  # let the function itself say what is wrong
-                return None, None
-            return arguments, arguments.arguments.get(var_name)
-
-        def filled(arguments: inspect.BoundArguments, first: int) -> tuple[Any, Any]:
-            # An argument before a positional counter that is missing would move the counter to its
-            # place, so names are used wherever they can be.
-            arguments.arguments[var_name] = LayerCounter(identifier, first)
-            positional, named = [], {}
-            skipped = False
-            for name, kind in ((n, p.kind) for n, p in signature.parameters.items()):
-                if name not in arguments.arguments:
-                    skipped = True
-                    continue
-                value = arguments.arguments[name]
-                if kind is inspect.Parameter.VAR_POSITIONAL:
-                    positional += value
-                elif kind is inspect.Parameter.VAR_KEYWORD:
-                    named.update(value)
-                elif kind is inspect.Parameter.KEYWORD_ONLY or (
-                    skipped and kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-                ):
-                    named[name] = value
-                else:
-                    positional.append(value)
-            return positional, named
-
-        if inspect.iscoroutinefunction(function):
-
-            @functools.wraps(function)
-            async def counted_async(*args: Any, **kwargs: Any) -> Any:
-                arguments, start = bound(args, kwargs)
-                with state.counting(identifier, start) as first:
-                    if arguments is not None:
-                        args, kwargs = filled(arguments, first)
-                    return _plain(await function(*args, **kwargs))
-
-            return cast(Function, counted_async)
-        _refuse_generators(function)
-
-        @functools.wraps(function)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            arguments, start = bound(args, kwargs)
+        @contextlib.contextmanager
+        def counting(given: Arguments) -> Iterator[Arguments]:
+            bound = None
+            # A call that does not fit is left as it is: the function itself says what is wrong.
+            with contextlib.suppress(TypeError):
+                bound = signature.bind_partial(*given[0], **given[1]) if parameter else None
+            start = bound.arguments.get(var_name) if bound else None
             with state.counting(identifier, start) as first:
-                if arguments is not None:
-                    args, kwargs = filled(arguments, first)
-                return _plain(function(*args, **kwargs))
+                if bound:
+                    # By name after an argument that is missing, so that it does not take its place.
+                    bound.arguments[var_name] = LayerCounter(identifier, first)
+                    given = bound.args, bound.kwargs
+                yield given
 
-        return cast(Function, counted)
+        return _wrapped(function, counting, _plain)
 
     return decorate
 
@@ -168,26 +131,29 @@ def visTvis_layer_counter(
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def _wrapped(function: Function, keep: Callable[[Any], Any]) -> Function:
+def _wrapped(
+    function: Function,
+    around: Callable[[Arguments], contextlib.AbstractContextManager[Arguments]],
+    result_of: Callable[[Any], Any],
+) -> Function:
+    """`function`, plain or `async`, called within `around`, which may change its arguments."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise InputError(f"{_name(function)} is a generator; decorate the function it calls")
     if inspect.iscoroutinefunction(function):
 
         @functools.wraps(function)
-        async def storing_async(*args: Any, **kwargs: Any) -> Any:
-            return keep(await function(*args, **kwargs))
+        async def wrapper_async(*args: Any, **kwargs: Any) -> Any:
+            with around((args, kwargs)) as (args, kwargs):
+                return result_of(await function(*args, **kwargs))
 
-        return cast(Function, storing_async)
-    _refuse_generators(function)
+        return cast(Function, wrapper_async)
 
     @functools.wraps(function)
-    def storing(*args: Any, **kwargs: Any) -> Any:
-        return keep(function(*args, **kwargs))
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with around((args, kwargs)) as (args, kwargs):
+            return result_of(function(*args, **kwargs))
 
-    return cast(Function, storing)
-
-
-def _refuse_generators(function: Callable[..., Any]) -> None:
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        raise InputError(f"{_name(function)} is a generator; decorate the function it calls")
+    return cast(Function, wrapper)
 
 
 def _chosen(result: Any, position: int | None) -> Any:

@@ -1,7 +1,9 @@
 """Runs on disk: a manifest, one safetensors file per site, and the images.
 
-`RunWriter` and `save_run` write, `open_run` reads. Parts: `tensors` (one file), `manifest` (what a
-run says about itself), `places` (folders and URLs), `writer`, `reader`.
+`RunWriter` and `save_run` write, `open_run` reads. Parts: `tensors` (one file), `codec`
+(`Attention` as tensors and facts), `formats` (single files, for the decorators), `folders` (local
+or behind a URL), `manifest` (what a run says about itself), `ledger` (a run that is being written),
+`writer`, `reader`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,18 +24,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistvis.attention import DENSE_LIMIT, Attention
+from vistvis.attention import DENSE_LIMIT, Attention, SiteInfo
 from vistvis.attention.checks import describe
-from vistvis.attention.site import SiteInfo
 from vistvis.errors import InputError, StoreError, VistvisError
 from vistvis.files import PathLike, atomic_file, checked_name
+from vistvis.store.codec import attention_of, tensors_of
+from vistvis.store.tensors import Encoded
 
-FORMATS = (".pt", ".pth", ".npy", ".npz", ".safetensors")
 # What the one tensor of a file is called where the format wants a name.
 _NAME = "data"
 # Names under which others keep the tensor that is meant, looked for in this order.
 _USUAL_NAMES = (_NAME, "weights", "attn", "attention", "input", "images", "x", "arr_0")
 _CONTENT = "vistvis attention 1"
+_FACTS = ("scale", "causal", "site")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of a file by name, and the words stored with them."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    def one(self) -> Tensor:
+        """The tensor that is meant: the only one, or the one under a usual name.
+
+        Raises
+        ------
+        StoreError
+            If that can't be told.
+        """
+        if len(self.tensors) == 1:
+            return next(iter(self.tensors.values()))
+        for name in _USUAL_NAMES:
+            if name in self.tensors:
+                return self.tensors[name]
+        raise StoreError(
+            f"{self.path} holds {', '.join(self.tensors) or 'no tensors'}; store one tensor, or "
+            f"name it {_NAME!r}"
+        )
 
 
 def checked_format(file_name: str, what: str = "file_name") -> str:
@@ -78,13 +106,15 @@ def write(value: Any, path: PathLike, *, max_bytes: int = DENSE_LIMIT) -> Path:
         If the disk is full, the folder read-only, and the like.
     """
     target = Path(path)
-    checked_format(target.name, "the file")
+    target = target.with_name(checked_format(target.name, "the file"))
     ending = target.suffix.lower()
-    tensors, about = _content(value, ending, max_bytes)
+    if isinstance(value, Attention) and ending != ".safetensors":
+        value = value.dense(max_bytes=max_bytes)
+    contents = _contents(value, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as file:
-            _WRITERS[ending](file, tensors, about)
+            _FORMATS[ending].write(file, contents)
     except VistvisError:
         raise
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -94,115 +124,61 @@ def write(value: Any, path: PathLike, *, max_bytes: int = DENSE_LIMIT) -> Path:
     return target
 
 
-def _content(value: Any, ending: str, max_bytes: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, and what else has to be kept."""
+def _contents(value: Any, path: Path) -> Contents:
     about: dict[str, str] = {}
     if isinstance(value, Attention):
+        value._check_unwritten()
+        tensors, facts = tensors_of(value)
         if value.site is not None:
-            about["site"] = json.dumps(value.site.to_dict())
-        if ending != ".safetensors":
-            return {_NAME: _plain(value.dense(max_bytes=max_bytes))}, about
+            facts["site"] = value.site.to_dict()
+        about = {key: json.dumps(fact) for key, fact in facts.items() if fact is not None}
         about["content"] = _CONTENT
-        if value.weights is not None:
-            return {"weights": _plain(value.weights)}, about
-        parts = {"query": value.query, "key": value.key, "mask": value.mask}
-        if isinstance(value.scale, Tensor):
-            parts["scale"] = value.scale
-        else:
-            about["scale"] = repr(float(value.scale))
-        about["causal"] = json.dumps(value.causal)
-        return {name: _plain(part) for name, part in parts.items() if part is not None}, about
+    else:
+        tensors = {_NAME: _tensor(value)}
+    for tensor in tensors.values():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            raise InputError(
+                f"only a plain dense tensor can be stored, got {describe(tensor)}; call .to_dense()"
+            )
+    return Contents(path, tensors, about)
+
+
+def _tensor(value: Any) -> Tensor:
     if isinstance(value, np.ndarray):
         try:
-            value = torch.from_numpy(np.ascontiguousarray(value))
+            return torch.from_numpy(np.ascontiguousarray(value))
         except TypeError as error:
             raise InputError(f"an array of {value.dtype} can't be stored as a tensor") from error
     if not isinstance(value, Tensor):
         raise InputError(
             f"what is stored is a tensor, an array or an Attention, got {describe(value)}"
         )
-    return {_NAME: _plain(value)}, about
+    return value
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """A tensor of its own in host memory: torch would save all that a view looks into."""
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-        raise InputError(
-            f"only a plain dense tensor can be stored, got {describe(tensor)}; call .to_dense()"
-        )
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+def _plain(contents: Contents) -> Tensor:
+    """The tensor by itself in host memory: torch would save all that a view looks into."""
+    plain = contents.one().detach().cpu().resolve_conj().resolve_neg().contiguous()
     if plain.untyped_storage().nbytes() != plain.nbytes:
         plain = plain.clone()
     return plain.as_subclass(Tensor)
 
 
-def _write_torch(file: BinaryIO, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    torch.save(tensors[_NAME], file)
-
-
-def _write_npy(file: BinaryIO, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    np.save(file, _as_numpy(tensors[_NAME]), allow_pickle=False)
-
-
-def _write_npz(file: BinaryIO, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    arrays: dict[str, Any] = {_NAME: _as_numpy(tensors[_NAME])}
-    np.savez(file, **arrays)
-
-
-def _write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, Tensor], about: Mapping[str, str]
-) -> None:
-    from safetensors.torch import save
-
-    # The library wants no storage twice; grouped or self-attending models may share one.
-    own = {name: tensor.clone() if name == "key" else tensor for name, tensor in tensors.items()}
-    file.write(save(own, metadata={"format": "pt", **about}))
-
-
-_WRITERS = {
-    ".pt": _write_torch,
-    ".pth": _write_torch,
-    ".npy": _write_npy,
-    ".npz": _write_npz,
-    ".safetensors": _write_safetensors,
-}
-
-
-def _as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+def _array(contents: Contents) -> np.ndarray[Any, Any]:
+    plain = _plain(contents)
     try:
-        return tensor.numpy()
+        return plain.numpy()
     except TypeError:  # numpy has no bfloat16 and no float8
-        return tensor.float().numpy()
+        return plain.float().numpy()
+
+
+def _write_safetensors(file: BinaryIO, contents: Contents) -> None:
+    # Other readers of safetensors look for "format".
+    for piece in Encoded(contents.tensors, {"format": "pt", **contents.about}).pieces():
+        file.write(piece)
 
 
 # -- reading -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The tensors of a file by name, and the words stored with them."""
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-    about: Mapping[str, str] = field(default_factory=dict)
-
-    def one(self) -> Tensor:
-        """The tensor that is meant: the only one, or the one under a usual name.
-
-        Raises
-        ------
-        StoreError
-            If that can't be told.
-        """
-        if len(self.tensors) == 1:
-            return next(iter(self.tensors.values()))
-        for name in _USUAL_NAMES:
-            if name in self.tensors:
-                return self.tensors[name]
-        raise StoreError(
-            f"{self.path} holds {', '.join(self.tensors) or 'no tensors'}; store one tensor, or "
-            f"name it {_NAME!r}"
-        )
 
 
 def read(path: PathLike) -> Contents:
@@ -222,7 +198,7 @@ def read(path: PathLike) -> Contents:
     if not source.is_file():
         raise StoreError(f"no file {source}")
     try:
-        return _READERS[ending](source)
+        return _FORMATS[ending].read(source)
     except VistvisError:
         raise
     except pickle.UnpicklingError as error:
@@ -246,29 +222,20 @@ def read_attention(path: PathLike) -> Attention:
         As `read`; also if it holds no attention.
     """
     contents = read(path)
-    tensors, about = contents.tensors, contents.about
-    site = SiteInfo.from_dict(json.loads(about["site"])) if about.get("site") else None
+    has_both = {"query", "key"} <= set(contents.tensors)
+    tensors = contents.tensors if has_both else {"weights": contents.one()}
     try:
-        if "query" in tensors and "key" in tensors:
-            scale = float(about["scale"]) if "scale" in about else None
-            return Attention(
-                query=tensors["query"],
-                key=tensors["key"],
-                scale=tensors.get("scale", scale),
-                mask=tensors.get("mask"),
-                causal=json.loads(about.get("causal", "false")),
-                site=site,
-            )
-        return Attention.from_weights(contents.one(), site=site)
-    except InputError as error:
+        about = {key: json.loads(contents.about.get(key, "null")) for key in _FACTS}
+        site = SiteInfo.from_dict(about["site"]) if about["site"] else None
+        return attention_of(tensors, about, site)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise StoreError(f"{contents.path} holds no attention: {error}") from error
 
 
 def _read_torch(path: Path) -> Contents:
-    if zipfile.is_zipfile(path):
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    else:  # the format before torch 1.6 can't be mapped
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    # The format before torch 1.6 can't be mapped.
+    mapped = zipfile.is_zipfile(path)
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if isinstance(loaded, Tensor):
         loaded = {_NAME: loaded}
     if not isinstance(loaded, Mapping):
@@ -297,16 +264,24 @@ def _read_safetensors(path: Path) -> Contents:
         return Contents(path, tensors, file.metadata() or {})
 
 
-_READERS = {
-    ".pt": _read_torch,
-    ".pth": _read_torch,
-    ".npy": _read_npy,
-    ".npz": _read_npz,
-    ".safetensors": _read_safetensors,
-}
-
-
 def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(
-        array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-    )
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+@dataclass(frozen=True)
+class _Format:
+    read: Callable[[Path], Contents]
+    write: Callable[[BinaryIO, Contents], None]
+
+
+_TORCH = _Format(_read_torch, lambda file, contents: torch.save(_plain(contents), file))
+_FORMATS = {
+    ".pt": _TORCH,
+    ".pth": _TORCH,
+    ".npy": _Format(
+        _read_npy, lambda file, contents: np.save(file, _array(contents), allow_pickle=False)
+    ),
+    ".npz": _Format(_read_npz, lambda file, contents: np.savez(file, data=_array(contents))),
+    ".safetensors": _Format(_read_safetensors, _write_safetensors),
+}
+FORMATS = tuple(_FORMATS)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vistvis.attention.site import SiteInfo
-from vistvis.errors import StoreError, VistvisError
-from vistvis.store.tensors import DTYPES, TensorRecord
+from torch import Tensor
+
+from vistvis.attention import Attention, SiteInfo
+from vistvis.errors import InputError, StoreError, VistvisError
+from vistvis.store.codec import HOLDINGS, attention_of
+from vistvis.store.folders import Folder
+from vistvis.store.tensors import DTYPES, Encoded, TensorRecord, checksum, tensors_in
 from vistvis.tokens import TokenLayout
 
 FORMAT = "vistvis-run"
@@ -25,10 +29,9 @@ NEXT = "manifest.next.json"
 SITE_FILE = re.compile(r"sites/[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}\.safetensors")
 IMAGES_FILE = re.compile(r"images(-[0-9]{1,9})?\.safetensors")
 
-TENSORS = {
-    "qk": ({"query", "key"}, {"query", "key", "mask", "scale"}),
-    "weights": ({"weights"}, {"weights"}),
-}
+
+def is_file_of_run(name: str) -> bool:
+    return bool(SITE_FILE.fullmatch(name) or IMAGES_FILE.fullmatch(name))
 
 
 @dataclass(frozen=True)
@@ -57,32 +60,70 @@ class FileRecord:
         if not isinstance(file, str) or not pattern.fullmatch(file):
             raise ValueError(f"no file of a run is named {file!r}")
         tensors = {
-            str(name): TensorRecord(_known(tensor["dtype"]), _sizes(tensor["shape"]))
+            str(name): TensorRecord(_code(tensor["dtype"]), _sizes(tensor["shape"]))
             for name, tensor in data["tensors"].items()
         }
         return cls(file, _whole(data["bytes"]), int(data["crc32"], 16), tensors)
 
+    def is_of(self, encoded: Encoded) -> bool:
+        """Whether this is the file that these tensors make. Cost: one pass over them."""
+        return self.nbytes == encoded.nbytes and self.crc32 == encoded.crc32()
+
+    def damage(self, folder: Folder, sizes: Mapping[str, int]) -> str | None:
+        """What is wrong with the file's size or header, or None; `sizes` are the folder's."""
+        where, size = folder.where(self.file), sizes.get(self.file)
+        if size is None:
+            return f"{where} is not there"
+        if size != self.nbytes:
+            return f"{where} is damaged: it has {size:,} bytes, and should have {self.nbytes:,}"
+        try:
+            if path := folder.local(self.file):
+                tensors_in(path, self.tensors, where)
+        except (StoreError, OSError) as error:
+            return str(error)
+        return None
+
+    def load(self, folder: Folder) -> dict[str, Tensor]:
+        """The file's tensors, mapped where it can be; StoreError if it is damaged.
+
+        Cost: one pass over the file, for its checksum.
+        """
+        where, source = folder.where(self.file), folder.local(self.file) or folder.read(self.file)
+        size, crc = checksum(source)
+        if (size, crc) != (self.nbytes, self.crc32):
+            raise StoreError(
+                f"{where} is damaged: its {size:,} bytes have the checksum {crc:08x}, and should "
+                f"be {self.nbytes:,} with {self.crc32:08x}"
+            )
+        return tensors_in(source, self.tensors, where)
+
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """One finished site: its file, and everything `Attention` needs beside the tensors."""
+    """One finished site: its file, and everything `Attention` needs beside the tensors.
+
+    `scale` is None where it is one of the tensors; given weights have neither it nor `causal`.
+    """
 
     file: FileRecord
-    kind: str
-    shape: tuple[int, int, int, int]
-    scale: float | None
-    causal: bool
+    shape: tuple[int, ...]
     site: SiteInfo
+    scale: float | None = 1.0
+    causal: bool = False
+
+    @property
+    def holds(self) -> str:
+        """`"qk"` or `"weights"`: what the manifest calls the kind."""
+        return "weights" if "weights" in self.file.tensors else "qk"
 
     @property
     def dtype(self) -> str:
         """safetensors' code of the queries and keys, or of the weights."""
-        tensors = self.file.tensors
-        return tensors["query" if self.kind == "qk" else "weights"].dtype
+        return self.file.tensors["query" if self.holds == "qk" else "weights"].dtype
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "kind": self.kind,
+            "kind": self.holds,
             "shape": list(self.shape),
             "dtype": self.dtype,
             "scale": self.scale,
@@ -94,21 +135,36 @@ class SiteRecord:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SiteRecord:
         file = FileRecord.from_dict(data, SITE_FILE)
-        kind = data["kind"]
-        needed, allowed = TENSORS[kind]
+        holds = data["kind"]
+        needed, allowed = HOLDINGS[holds]
         if not needed <= set(file.tensors) <= allowed:
-            raise ValueError(f"{kind} needs {sorted(needed)}, found {sorted(file.tensors)}")
-        batch, heads, queries, keys = _sizes(data["shape"])
-        scale = data["scale"]
+            raise ValueError(f"{holds} needs {sorted(needed)}, found {sorted(file.tensors)}")
+        shape = _sizes(data["shape"])
+        if len(shape) != 4:
+            raise ValueError(f"attention has 4 dimensions, not {shape}")
+        scale, causal = data["scale"], data["causal"]
         if scale is not None:
             scale = float(scale)
             if not math.isfinite(scale):
                 raise ValueError("scale is not finite")
-        causal = data["causal"]
         if not isinstance(causal, bool):
             raise TypeError(f"causal is {causal!r}")
-        site = SiteInfo.from_dict(data["site"])
-        return cls(file, kind, (batch, heads, queries, keys), scale, causal, site)
+        return cls(file, shape, SiteInfo.from_dict(data["site"]), scale, causal)
+
+    def load(self, folder: Folder) -> Attention:
+        """The site, as `FileRecord.load`; StoreError also if its tensors do not fit."""
+        tensors, where = self.file.load(folder), folder.where(self.file.file)
+        facts = {"scale": self.scale, "causal": self.causal}
+        try:
+            attention = attention_of(tensors, facts, self.site)
+        except InputError as error:
+            raise StoreError(f"{where} does not fit: {error}") from error
+        if tuple(attention.shape) != self.shape:
+            raise StoreError(
+                f"{where} does not fit: it gives attention of shape {tuple(attention.shape)}, the "
+                f"manifest says {self.shape}"
+            )
+        return attention
 
 
 @dataclass(frozen=True)
@@ -142,11 +198,23 @@ class Manifest:
     def files(self) -> list[FileRecord]:
         """Records of every file the run consists of."""
         images = [self.images] if self.images else []
-        return images + [record.file for record in self.sites.values()]
+        return [record.file for record in self.sites.values()] + images
 
     def with_site(self, name: str, record: SiteRecord) -> Manifest:
         expected = self.expected if name in self.expected else (*self.expected, name)
         return replace(self, expected=expected, sites={**self.sites, name: record})
+
+    def damage(self, folder: Folder) -> dict[str, str]:
+        """What is wrong with the sizes and headers of files, by their names in the folder."""
+        sizes = folder.sizes()
+        problems = ((record.file, record.damage(folder, sizes)) for record in self.files)
+        return {file: problem for file, problem in problems if problem}
+
+    def without(self, files: Container[str]) -> Manifest:
+        """The manifest of what is left when some files are gone."""
+        sites = {name: r for name, r in self.sites.items() if r.file.file not in files}
+        gone = self.images is not None and self.images.file in files
+        return replace(self, sites=sites, images=None if gone else self.images)
 
     def to_json(self) -> bytes:
         data = {
@@ -167,13 +235,8 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> Manifest:
-        """Read and check a manifest; `where` names it in messages.
-
-        Raises
-        ------
-        StoreError
-            If it is no manifest, not a sound one, or of a schema newer than this version knows.
-        """
+        """Read and check a manifest; StoreError, with `where` as its name, if it is none, not a
+        sound one, or of a schema newer than this version knows."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -200,11 +263,9 @@ class Manifest:
     @classmethod
     def _from_data(cls, data: Mapping[str, Any]) -> Manifest:
         expected = tuple(data["expected"])
-        names = [*expected, *data["sites"]]
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError("names of sites are strings")
         sites = {name: SiteRecord.from_dict(entry) for name, entry in data["sites"].items()}
-        known = set(expected)
+        if not all(isinstance(name, str) for name in (*expected, *sites)):
+            raise TypeError("names of sites are strings")
         layout, images, metadata = data["layout"], data["images"], data["metadata"]
         if not isinstance(metadata, dict) or not isinstance(data["closed"], bool):
             raise TypeError("metadata is an object and closed is true or false")
@@ -216,7 +277,7 @@ class Manifest:
             raise ValueError(f"images hold {sorted(pictures.tensors)}")
         return cls(
             writer=data["writer"],
-            expected=(*expected, *(name for name in sites if name not in known)),
+            expected=tuple(dict.fromkeys((*expected, *sites))),
             closed=data["closed"],
             model=data["model"],
             layout=TokenLayout.from_dict(layout) if layout is not None else None,
@@ -227,7 +288,7 @@ class Manifest:
         )
 
 
-def _known(code: Any) -> str:
+def _code(code: Any) -> str:
     if code not in DTYPES:
         raise ValueError(f"unknown dtype {code!r}")
     return str(code)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,10 +14,10 @@ from torch import Tensor
 from vistvis.attention import Attention
 from vistvis.attention.checks import bytes_text
 from vistvis.errors import SiteError, StoreError, VistvisError
-from vistvis.names import few
+from vistvis.names import few, suggestion
+from vistvis.progress import progress as bar
+from vistvis.store.folders import Folder, folder_of, reported
 from vistvis.store.manifest import NAME, FileRecord, Manifest, SiteRecord
-from vistvis.store.places import Place, place_of, reported
-from vistvis.store.tensors import check_header, crc32_of_file, from_bytes, map_file
 from vistvis.tokens import TokenLayout
 
 # Sites read from a URL are whole in memory; this many are kept for the next look.
@@ -51,36 +50,30 @@ def open_run(
 
     Cost: reads the manifest and the header of every site.
     """
-    place = place_of(path, storage_options)
-    with reported(f"can't open the run in {place.root}"):
-        text = _manifest_text(place)
+    folder = folder_of(path, storage_options)
+    with reported(f"can't open the run in {folder.root}"):
+        text = _manifest_text(folder)
         while True:
-            manifest = Manifest.from_json(text, place.where(NAME))
-            sizes = place.sizes()
-            damaged = {}
-            for name, record in manifest.sites.items():
-                if found := damage(place, record.file, sizes):
-                    damaged[name] = found
-            problem = damage(place, manifest.images, sizes) if manifest.images else None
-            before, text = text, _manifest_text(place)
+            manifest = Manifest.from_json(text, folder.where(NAME))
+            damage = manifest.damage(folder)
+            before, text = text, _manifest_text(folder)
             # A run that was replaced between two looks at it is no damage: look again.
-            if not (damaged or problem) or text == before:
+            if not damage or text == before:
                 break
-    if strict and (damaged or problem):
-        first = next(iter(damaged.values()), problem)
-        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+    if strict and damage:
+        more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
         raise StoreError(
-            f"{first}{more}. open_run(…, strict=False) opens what is sound; writing the run again "
-            "puts the rest right"
+            f"{next(iter(damage.values()))}{more}. open_run(…, strict=False) opens what is sound; "
+            "writing the run again puts the rest right"
         )
-    return Run(place, manifest, damaged, problem)
+    return Run(folder, manifest, damage)
 
 
-def _manifest_text(place: Place) -> bytes:
+def _manifest_text(folder: Folder) -> bytes:
     try:
-        return place.read(NAME)
+        return folder.read(NAME)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise StoreError(f"no run in {place.root}: {place.where(NAME)} is not there") from error
+        raise StoreError(f"no run in {folder.root}: {folder.where(NAME)} is not there") from error
 
 
 class Run(Mapping[str, Attention]):
@@ -95,11 +88,9 @@ class Run(Mapping[str, Attention]):
     touched, and says that it was replaced for others.
     """
 
-    def __init__(
-        self, place: Place, manifest: Manifest, damaged: Mapping[str, str], problem: str | None
-    ) -> None:
-        self._place, self._manifest = place, manifest
-        self._damaged, self._image_problem = dict(damaged), problem
+    def __init__(self, folder: Folder, manifest: Manifest, damage: Mapping[str, str]) -> None:
+        self._folder, self._manifest, self._damage = folder, manifest, damage
+        self._sound = manifest.without(damage)
         self._cache: OrderedDict[str, Attention] = OrderedDict()
         self._images: Tensor | None = None
         self._lock = threading.RLock()
@@ -110,14 +101,12 @@ class Run(Mapping[str, Attention]):
     @property
     def path(self) -> str:
         """Where the run lies, as it was opened."""
-        return self._place.root
+        return self._folder.root
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the sites that can be read, in the expected order."""
-        return tuple(
-            n for n in self.expected if n in self._manifest.sites and n not in self.damaged
-        )
+        return tuple(name for name in self.expected if name in self._sound.sites)
 
     @property
     def expected(self) -> tuple[str, ...]:
@@ -127,17 +116,18 @@ class Run(Mapping[str, Attention]):
     @property
     def missing(self) -> tuple[str, ...]:
         """Announced sites that were not finished when writing stopped, and damaged ones."""
-        return tuple(n for n in self.expected if n not in self._manifest.sites or n in self.damaged)
+        return self._sound.missing
 
     @property
     def damaged(self) -> Mapping[str, str]:
         """What is wrong with damaged sites, by name; only with `strict=False`."""
-        return dict(self._damaged)
+        files = {name: record.file.file for name, record in self._manifest.sites.items()}
+        return {name: self._damage[file] for name, file in files.items() if file in self._damage}
 
     @property
     def complete(self) -> bool:
         """Whether writing came to its orderly end and no site is missing."""
-        return self._manifest.closed and not self.missing
+        return self._sound.complete
 
     @property
     def model(self) -> str | None:
@@ -177,30 +167,31 @@ class Run(Mapping[str, Attention]):
             return None
         with self._lock:
             if self._images is None:
-                if self._image_problem:
-                    raise StoreError(self._image_problem)
-                self._images = self._load(record)["images"]
+                if record.file in self._damage:
+                    raise StoreError(self._damage[record.file])
+                with self._reading(record) as folder:
+                    self._images = record.load(folder)["images"]
             return self._images
 
     def record(self, name: str) -> SiteRecord:
-        """What the manifest says about a finished site: shape, kind, dtype, file, `SiteInfo`."""
+        """What the manifest says about a finished site: shape, dtype, file, `SiteInfo`, and what
+        it holds (`"qk"` or `"weights"`)."""
         if name not in self.sites:
             raise self._no_site(name)
-        return self._manifest.sites[name]
+        return self._sound.sites[name]
 
     # -- a mapping -------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Attention:
         with self._lock:
-            known = self._cache.get(name)
-            if known is not None:
-                self._cache.move_to_end(name)
-                return known
-            record = self.record(name)
-            attention = _attention_of(record, self._load(record.file), self._place)
-            self._cache[name] = attention
-            if self._place.local(record.file.file) is None and len(self._cache) > _KEPT_REMOTE:
-                self._cache.popitem(last=False)
+            attention = self._cache.get(name)
+            if attention is None:
+                record = self.record(name)
+                with self._reading(record.file) as folder:
+                    attention = self._cache[name] = record.load(folder)
+                if self._folder.local(record.file.file) is None and len(self._cache) > _KEPT_REMOTE:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(name)
             return attention
 
     def __iter__(self) -> Iterator[str]:
@@ -226,13 +217,9 @@ class Run(Mapping[str, Attention]):
         StoreError
             At the first file that is damaged.
         """
-        files: Any = self._manifest.files
-        if progress:
-            from tqdm.auto import tqdm
-
-            files = tqdm(files, desc="checking", unit="file")
-        for record in files:
-            self._load(record)
+        for record in bar(self._manifest.files, "checking", shown=progress, unit="file"):
+            with self._reading(record) as folder:
+                record.load(folder)
 
     def close(self) -> None:
         """Let go of files. Attention taken before keeps what it holds."""
@@ -264,16 +251,14 @@ class Run(Mapping[str, Attention]):
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def _load(self, record: FileRecord) -> dict[str, Tensor]:
+    @contextlib.contextmanager
+    def _reading(self, file: FileRecord) -> Iterator[Folder]:
+        """The folder, to read a file of it; errors say so where the run was replaced meanwhile."""
         if self._closed:
             raise StoreError(f"the run in {self.path} was closed; open it again")
-        where = self._place.where(record.file)
         try:
-            with reported(f"can't read {where}"):
-                local = self._place.local(record.file)
-                if local is not None:
-                    return _checked_map(local, record)
-                return _checked_bytes(self._place.read(record.file), where, record)
+            with reported(f"can't read {self._folder.where(file.file)}"):
+                yield self._folder
         except StoreError as error:
             if self._was_replaced():
                 raise StoreError(
@@ -283,7 +268,7 @@ class Run(Mapping[str, Attention]):
 
     def _was_replaced(self) -> bool:
         try:
-            now = Manifest.from_json(self._place.read(NAME), self._place.where(NAME))
+            now = Manifest.from_json(self._folder.read(NAME), self._folder.where(NAME))
         except (OSError, VistvisError):
             return False
         files = {record.file: record.crc32 for record in self._manifest.files}
@@ -291,74 +276,12 @@ class Run(Mapping[str, Attention]):
         return any(current.get(file) != crc for file, crc in files.items())
 
     def _no_site(self, name: Any) -> VistvisError:
-        if name in self._damaged:
-            return StoreError(self._damaged[name])
+        if name in self.damaged:
+            return StoreError(self.damaged[name])
         if name in self.missing:
             return SiteError(
                 f"site {name!r} of {self.path} was expected, but not finished when writing "
                 f"stopped; finished are {few(self.sites)}. Store the run again to resume it"
             )
-        near = difflib.get_close_matches(str(name), self.sites, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {few(self.sites)}"
+        hint = suggestion(str(name), self.sites, otherwise=f"it has {few(self.sites)}")
         return SiteError(f"no site {name!r} in {self.path}: {hint}")
-
-
-def damage(place: Place, record: FileRecord, sizes: Mapping[str, int] | None = None) -> str | None:
-    """What is wrong with a file's size or header, or None."""
-    where = place.where(record.file)
-    size = (place.sizes() if sizes is None else sizes).get(record.file)
-    if size is None:
-        return f"{where} is not there"
-    if size != record.nbytes:
-        return f"{where} is damaged: it has {size:,} bytes, and should have {record.nbytes:,}"
-    try:
-        local = place.local(record.file)
-        if local is not None:
-            check_header(local, record.tensors)
-    except (StoreError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _checked_map(path: Path, record: FileRecord) -> dict[str, Tensor]:
-    _compare(str(path), crc32_of_file(path), record)
-    check_header(path, record.tensors)
-    return map_file(path)
-
-
-def _checked_bytes(data: bytes, where: str, record: FileRecord) -> dict[str, Tensor]:
-    import zlib
-
-    _compare(where, (len(data), zlib.crc32(data)), record)
-    return from_bytes(data, where, record.tensors)
-
-
-def _compare(where: str, found: tuple[int, int], record: FileRecord) -> None:
-    if found != (record.nbytes, record.crc32):
-        raise StoreError(
-            f"{where} is damaged: its {found[0]:,} bytes have the checksum {found[1]:08x}, and "
-            f"should be {record.nbytes:,} with {record.crc32:08x}"
-        )
-
-
-def _attention_of(record: SiteRecord, tensors: Mapping[str, Tensor], place: Place) -> Attention:
-    try:
-        if record.kind == "weights":
-            attention = Attention.from_weights(tensors["weights"], site=record.site)
-        else:
-            attention = Attention(
-                query=tensors["query"],
-                key=tensors["key"],
-                scale=tensors.get("scale", record.scale),
-                mask=tensors.get("mask"),
-                causal=record.causal,
-                site=record.site,
-            )
-    except VistvisError as error:
-        raise StoreError(f"{place.where(record.file.file)} does not fit: {error}") from error
-    if tuple(attention.shape) != record.shape:
-        raise StoreError(
-            f"{place.where(record.file.file)} does not fit: it gives attention of shape "
-            f"{tuple(attention.shape)}, the manifest says {record.shape}"
-        )
-    return attention

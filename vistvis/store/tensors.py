@@ -13,7 +13,6 @@ a run is ever run as code, so a forged file gives wrong pictures at worst.
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,21 +24,18 @@ from torch import Tensor
 
 from vistvis.errors import StoreError
 
-CODES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+# What safetensors can hold, by its code.
+DTYPES: dict[str, torch.dtype] = {
+    **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (64, 32, 16)},
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (64, 32, 16, 8)},
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (64, 32, 16, 8)},
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "BOOL": torch.bool,
 }
-DTYPES = {code: dtype for dtype, code in CODES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 _ALIGNMENT = 64
 _READ_BYTES = 4 * 2**20
@@ -54,23 +50,17 @@ class TensorRecord:
     dtype: str
     shape: tuple[int, ...]
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
 
 class Encoded:
     """The bytes of a safetensors file for some tensors, made piece by piece.
 
-    The same tensors always give the same bytes.
-
-    Raises
-    ------
-    StoreError
-        If safetensors has no code for a dtype.
+    The same tensors always give the same bytes. `words` are what the file says beside them.
+    StoreError where safetensors has no code for a dtype.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], words: Mapping[str, str] | None = None
+    ) -> None:
         for name, tensor in tensors.items():
             if tensor.dtype not in CODES:
                 raise StoreError(
@@ -80,21 +70,17 @@ class Encoded:
         # Widest first: every tensor then starts at a multiple of its item size.
         order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
         self.tensors = {name: tensors[name].detach() for name in order}
-        self.records = {
-            name: TensorRecord(CODES[tensor.dtype], tuple(tensor.shape))
-            for name, tensor in self.tensors.items()
-        }
-        self._header = self._make_header()
-        self.nbytes = len(self._header) + sum(record.nbytes for record in self.records.values())
+        self.records = _records(self.tensors)
+        self._header = self._made_header(words)
+        self.nbytes = len(self._header) + sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def _make_header(self) -> bytes:
-        entries: dict[str, Any] = {}
+    def _made_header(self, words: Mapping[str, str] | None) -> bytes:
+        entries: dict[str, Any] = {"__metadata__": dict(words)} if words else {}
         start = 0
         for name, record in self.records.items():
-            end = start + record.nbytes
-            shape = list(record.shape)
-            entries[name] = {"dtype": record.dtype, "shape": shape, "data_offsets": [start, end]}
-            start = end
+            span = [start, start + self.tensors[name].nbytes]
+            entries[name] = {"dtype": record.dtype, "shape": record.shape, "data_offsets": span}
+            start = span[1]
         text = json.dumps(entries, separators=(",", ":")).encode()
         # The format lets the header end in spaces; so the data start where loads are fast.
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
@@ -121,14 +107,26 @@ def _pieces(tensor: Tensor) -> Iterator[Any]:
         for part in tensor:
             yield from _pieces(part)
         return
-    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    yield flat.numpy().data
+    whole = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+    yield whole.reshape(-1).view(torch.uint8).numpy().data
 
 
-def crc32_of_file(path: Path) -> tuple[int, int]:
-    """Size and checksum of a file. Cost: one pass over it, 4 MB at a time."""
+def _records(tensors: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
+    return {
+        name: TensorRecord(CODES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def checksum(source: Path | bytes) -> tuple[int, int]:
+    """Size and checksum of a file or its bytes. Cost: one pass, of a file 4 MB at a time."""
+    if isinstance(source, bytes):
+        return len(source), zlib.crc32(source)
     crc = size = 0
-    with open(path, "rb", buffering=0) as file:
+    with open(source, "rb", buffering=0) as file:
         buffer = memoryview(bytearray(_READ_BYTES))
         while count := file.readinto(buffer):
             crc = zlib.crc32(buffer[:count], crc)
@@ -136,60 +134,30 @@ def crc32_of_file(path: Path) -> tuple[int, int]:
     return size, crc
 
 
-def check_header(path: Path, records: Mapping[str, TensorRecord]) -> None:
-    """Compare a file's header with what it should hold, without reading the data.
+def tensors_in(
+    source: Path | bytes, records: Mapping[str, TensorRecord], where: str
+) -> dict[str, Tensor]:
+    """The tensors of a file, mapped (pages come from disk when they are touched), or of its bytes.
 
-    Raises
-    ------
-    StoreError
-        If it is no safetensors file, or holds other tensors.
+    The mapping is private: writing into a tensor does not reach the file. StoreError, with `where`
+    for the file, if it is no safetensors file or its header says other tensors than `records`.
     """
     from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {
-                name: TensorRecord(part.get_dtype(), tuple(part.get_shape()))
-                for name, part in slices.items()
-            }
-    except SafetensorError as error:
-        raise StoreError(f"{path} is damaged: {error}") from error
-    if found != dict(records):
-        raise StoreError(
-            f"{path} is damaged: it should hold {_listed(records)}, its header says "
-            f"{_listed(found)}"
-        )
-
-
-def map_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped: pages come from disk when they are touched.
-
-    The mapping is private: writing into a tensor does not reach the file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise StoreError(f"{path} is damaged: {error}") from error
-
-
-def from_bytes(data: bytes, where: str, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
-    """The tensors of a file that was read whole."""
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        tensors = load(data)
+        if isinstance(source, bytes):
+            tensors = load(source)
+        else:
+            with safe_open(source, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StoreError(f"{where} is damaged: {error}") from error
-    found = {name: TensorRecord(CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
-    if found != dict(records):
+    header = _records(tensors)
+    if header != dict(records):
         raise StoreError(
             f"{where} is damaged: it should hold {_listed(records)}, its header says "
-            f"{_listed(found)}"
+            f"{_listed(header)}"
         )
     return tensors
 

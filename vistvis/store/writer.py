@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
 import queue
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ import torch
 from vistvis.attention import Attention
 from vistvis.attention.checks import describe
 from vistvis.errors import InputError, StoreError
+from vistvis.files import checked_name
 from vistvis.images import image_tensor
-from vistvis.store.given import made_by, plain_metadata, site_names
-from vistvis.store.ledger import Ledger
+from vistvis.names import few
+from vistvis.progress import progress as bar
+from vistvis.store.folders import folder_of, reported
+from vistvis.store.ledger import Draft, Ledger
 from vistvis.store.manifest import Manifest
-from vistvis.store.places import Place, place_of, reported
 from vistvis.store.reader import Run, open_run
 from vistvis.store.tensors import Encoded
 from vistvis.tokens import TokenLayout
@@ -89,26 +91,26 @@ class RunWriter:
     ) -> None:
         if queue_size < 1:
             raise InputError(f"queue_size is at least 1, got {queue_size}")
-        wanted = Manifest(
+        manifest = Manifest(
             writer=secrets.token_hex(8),
-            expected=site_names(expected or ()),
+            expected=_site_names(expected or ()),
             model=None if model is None else str(model),
             layout=layout,
-            metadata=plain_metadata(metadata),
-            made_by=made_by(),
+            metadata=_plain(metadata),
+            made_by=_made_by(),
         )
         pictures = None if images is None else Encoded({"images": image_tensor(images)})
-        self._place: Place = place_of(path, storage_options)
+        self._folder = folder_of(path, storage_options)
         self._given: set[str] = set()
         self._error: BaseException | None = None  # of the background
         self._refused: Exception | None = None  # of this side, kept for `close`
         self._abandoned = False
         self._closed = False
-        self._queue: queue.Queue[_Item | None] = queue.Queue(queue_size)
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(queue_size)
         self._held = contextlib.ExitStack()
-        with self._held, reported(f"can't write a run in {self._place.root}"):
-            self._held.enter_context(self._place.lock())
-            self._ledger = Ledger(self._place, wanted, pictures, resume=resume)
+        with self._held, reported(f"can't write a run in {self._folder.root}"):
+            self._held.enter_context(self._folder.lock())
+            self._ledger = Ledger(self._folder, Draft(manifest, pictures, resume))
             self._held = self._held.pop_all()
         self._thread = threading.Thread(target=self._work, name="vistvis writer", daemon=True)
         self._thread.start()
@@ -123,7 +125,7 @@ class RunWriter:
         StoreError
             As at the next `write`.
         """
-        self._put(_Expected(site_names(names)))
+        self._put(functools.partial(self._ledger.expect, _site_names(names)))
 
     def write(self, name: str, attention: Attention) -> None:
         """Hand over one site; returns at once unless `queue_size` sites are waiting already.
@@ -139,7 +141,7 @@ class RunWriter:
             If `name` can't name a file in the run or was written already, or `attention` is no
             `Attention`.
         """
-        site_names([name])
+        _site_names([name])
         if not isinstance(attention, Attention):
             raise InputError(
                 f"{name!r} must be an Attention, got {describe(attention)}; for a tensor of "
@@ -147,10 +149,10 @@ class RunWriter:
             )
         if name in self._given:
             raise InputError(
-                f"site {name!r} was written to {self._place.root} already; a run holds one "
+                f"site {name!r} was written to {self._folder.root} already; a run holds one "
                 "forward pass, so give each pass a run of its own"
             )
-        self._put(_Site(name, attention, _event_of(attention)))
+        self._put(functools.partial(self._add, name, attention, _event_of(attention)))
         self._given.add(name)
 
     def __call__(self, name: str, attention: Attention) -> None:
@@ -188,28 +190,20 @@ class RunWriter:
     def __enter__(self) -> RunWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, traceback: Any) -> None:
         self._close(orderly=error is None)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
         done, all_of_them = len(self._ledger.manifest.sites), len(self._ledger.manifest.expected)
-        return f"RunWriter({self._place.root!r}, {state}, {done} of {all_of_them} sites stored)"
+        return f"RunWriter({self._folder.root!r}, {state}, {done} of {all_of_them} sites stored)"
 
-    def _put(self, item: _Item) -> None:
+    def _put(self, task: Callable[[], None]) -> None:
         if self._closed:
-            raise StoreError(f"the run in {self._place.root} is closed; open another RunWriter")
-        self._raise()
-        self._queue.put(item)
-
-    def _raise(self) -> None:
+            raise StoreError(f"the run in {self._folder.root} is closed; open another RunWriter")
         if self._error is not None:
             raise self._error
+        self._queue.put(task)
 
     def _close(self, *, orderly: bool) -> None:
         if self._closed:
@@ -228,42 +222,24 @@ class RunWriter:
                 raise
             if not orderly:
                 return
-            self._raise()
-            if self._refused is not None:
-                raise self._refused
+            if error := self._error or self._refused:
+                raise error
             self._ledger.finish()
 
     # -- the background ---------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is not None or self._abandoned:
-                continue
+        while (task := self._queue.get()) is not None:
             try:
-                if isinstance(item, _Expected):
-                    self._ledger.expect(item.names)
-                else:
-                    check = item.attention._check_unwritten
-                    self._ledger.add(item.name, _on_host(item), check)
+                if self._error is None and not self._abandoned:
+                    task()
             except BaseException as error:
                 self._error = error
             # The last reference must not outlive the work: it may hold memory of the device.
-            del item
+            del task
 
-
-@dataclass(frozen=True)
-class _Site:
-    name: str
-    attention: Attention
-    event: Any
-
-
-@dataclass(frozen=True)
-class _Expected:
-    names: tuple[str, ...]
-
-
-_Item = _Site | _Expected
+    def _add(self, name: str, attention: Attention, event: Any) -> None:
+        self._ledger.add(name, _on_host(attention, event), attention._check_unwritten)
 
 
 def save_run(
@@ -301,7 +277,7 @@ def save_run(
 
     Cost: the bytes of Q and K (and masks) once. No dense matrix is built.
     """
-    names = site_names(captured)
+    names = _site_names(captured)
     if not names:
         raise InputError("there is nothing to store: the mapping has no site")
     with RunWriter(
@@ -314,7 +290,7 @@ def save_run(
         resume=resume,
         storage_options=storage_options,
     ) as writer:
-        for name in _shown(names, progress):
+        for name in bar(names, "storing", shown=progress, unit="site"):
             writer.write(name, captured[name])
     return open_run(path, storage_options=storage_options)
 
@@ -330,27 +306,44 @@ def _event_of(attention: Attention) -> Any:
 _streams: dict[Any, Any] = {}
 
 
-def _on_host(item: _Site) -> Attention:
+def _on_host(attention: Attention, event: Any) -> Attention:
     """The site in host memory. On a GPU the copy waits for Q and K, but not for what comes after
     them: it has a stream of its own, beside the model's."""
-    attention = item.attention.detach()
-    if item.event is None:
+    attention = attention.detach()
+    if event is None:
         return attention.cpu()
     device = attention.device
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream = _streams[device]
     with torch.cuda.stream(stream):
-        stream.wait_event(item.event)
+        stream.wait_event(event)
         attention = attention.cpu()
         stream.synchronize()
     return attention
 
 
-def _shown(names: tuple[str, ...], progress: bool) -> Iterable[str]:
-    if not progress:
-        return names
-    from tqdm.auto import tqdm
+def _site_names(names: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise InputError(f"names are a list, got the string {names!r}")
+    result = tuple(checked_name(name, "the name of a site") for name in names)
+    if len(set(result)) != len(result):
+        raise InputError(f"names of sites are given twice: {few(result)}")
+    return result
 
-    bar: Callable[..., Iterable[str]] = tqdm
-    return bar(names, desc="storing", unit="site")
+
+def _plain(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"metadata is what JSON can hold: {error}") from error
+    return plain
+
+
+def _made_by() -> str:
+    from importlib import metadata
+
+    try:
+        return f"vistvis {metadata.version('vistvis')}"
+    except metadata.PackageNotFoundError:
+        return "vistvis"

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vistvis.errors import StoreError
-from vistvis.files import atomic_file
+from vistvis.files import atomic_file, inside
 
 LOCK = ".lock"
 SITES = "sites"
-TEMPORARY = ".part"  # as `atomic_file` calls what it has not finished
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")
 
@@ -60,7 +59,7 @@ def _as_os_error() -> Iterator[None]:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def sync_folder(folder: Path) -> None:
+def _sync(folder: Path) -> None:
     """Let renames in a folder reach the disk, where the system can be told to."""
     if os.name == "nt":
         return
@@ -74,14 +73,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-class Place(Protocol):
+class Folder(Protocol):
     """A folder of whole files. Names are relative, with `/`."""
 
     root: str
-    locks: bool
+    locks: bool = False
 
     def where(self, name: str) -> str:
         """The file in words, for messages."""
+        return f"{self.root}/{name}"
 
     def read(self, name: str) -> bytes:
         """A whole file; FileNotFoundError where there is none."""
@@ -98,23 +98,19 @@ class Place(Protocol):
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
 
-    def lock(self) -> AbstractContextManager[Any]:
-        """Keep other writers away, as far as the place can. Makes the folder."""
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other writers away, as far as the folder can. Makes the folder."""
+        return contextlib.nullcontext()
 
     def local(self, name: str) -> Path | None:
         """The path of a file that can be mapped, or None."""
+        return None
 
 
-def place_of(
+def folder_of(
     path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
-) -> Place:
-    """The place that a path or fsspec URL names.
-
-    Raises
-    ------
-    StoreError
-        If fsspec does not know the protocol, or lacks the package for it.
-    """
+) -> Folder:
+    """The folder that a path or fsspec URL names; StoreError where fsspec can't reach it."""
     text = os.fspath(path)
     if not isinstance(text, str) or not text or "\0" in text:
         raise StoreError(f"a run lies in a folder or at an fsspec URL, got {text!r}")
@@ -132,7 +128,7 @@ def place_of(
     return RemoteFolder(system, root, text)
 
 
-class LocalFolder:
+class LocalFolder(Folder):
     """A folder of this machine.
 
     Every file goes to a temporary name beside it, is flushed to the disk, and is renamed: after a
@@ -142,28 +138,17 @@ class LocalFolder:
     locks = True
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.root = str(folder)
-
-    def where(self, name: str) -> str:
-        return str(self.folder / name)
-
-    def path(self, name: str) -> Path:
-        """The path of a file; a symbolic link that leads out of the folder is refused."""
-        path = self.folder / name
-        root = os.path.realpath(self.folder)
-        if os.path.commonpath((root, os.path.realpath(path))) != root:
-            raise StoreError(f"{path} leads out of {self.folder} through a symbolic link")
-        return path
+        self.folder, self.root = folder, str(folder)
 
     def local(self, name: str) -> Path:
-        return self.path(name)
+        """The path of a file; a symbolic link that leads out of the folder is refused."""
+        return inside(self.folder, *name.split("/"))
 
     def read(self, name: str) -> bytes:
-        return self.path(name).read_bytes()
+        return self.local(name).read_bytes()
 
     def write(self, name: str, pieces: Iterable[Any]) -> tuple[int, int]:
-        path = self.path(name)
+        path = self.local(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         size = crc = 0
         with atomic_file(path) as file:
@@ -171,22 +156,22 @@ class LocalFolder:
                 file.write(piece)
                 crc = zlib.crc32(piece, crc)
                 size += len(piece)
-        sync_folder(path.parent)
+        _sync(path.parent)
         return size, crc
 
     def sizes(self) -> dict[str, int]:
-        found = {}
-        for prefix in ("", f"{SITES}/"):
-            with contextlib.suppress(FileNotFoundError), os.scandir(self.path(prefix)) as entries:
+        sizes = {}
+        for prefix, folder in (("", self.folder), (f"{SITES}/", self.local(SITES))):
+            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
                 for entry in entries:
                     with contextlib.suppress(FileNotFoundError):  # a writer is at work beside us
                         if entry.is_file():
-                            found[prefix + entry.name] = entry.stat().st_size
-        return found
+                            sizes[prefix + entry.name] = entry.stat().st_size
+        return sizes
 
     def rename(self, old: str, new: str) -> None:
-        os.replace(self.path(old), self.path(new))
-        sync_folder(self.folder)
+        os.replace(self.local(old), self.local(new))
+        _sync(self.folder)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
@@ -197,7 +182,7 @@ class LocalFolder:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         # The operating system lets go of this lock when its holder dies, however it dies.
-        lock = FileLock(self.path(LOCK), timeout=0, thread_local=False)
+        lock = FileLock(self.local(LOCK), timeout=0, thread_local=False)
         try:
             lock.acquire()
         except Timeout as error:
@@ -216,7 +201,7 @@ class LocalFolder:
             lock.release()
 
 
-class RemoteFolder:
+class RemoteFolder(Folder):
     """A folder behind an fsspec URL: whole objects only, no mapping, no lock.
 
     An object appears whole or not at all where the service promises so (S3, GCS, Azure and
@@ -224,16 +209,8 @@ class RemoteFolder:
     apart.
     """
 
-    locks = False
-
     def __init__(self, system: Any, root: str, url: str) -> None:
         self.system, self.base, self.root = system, root.rstrip("/"), url.rstrip("/")
-
-    def where(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def local(self, name: str) -> None:
-        return None
 
     @_as_os_error()
     def read(self, name: str) -> bytes:
@@ -253,17 +230,14 @@ class RemoteFolder:
     @_as_os_error()
     def sizes(self) -> dict[str, int]:
         self.system.invalidate_cache()
-        found = {}
+        sizes = {}
         for prefix in ("", f"{SITES}/"):
-            try:
-                entries = self.system.ls(f"{self.base}/{prefix}".rstrip("/"), detail=True)
-            except FileNotFoundError:
-                continue
-            for entry in entries:
-                if entry["type"] == "file":
-                    name = prefix + entry["name"].rstrip("/").rpartition("/")[2]
-                    found[name] = int(entry["size"])
-        return found
+            with contextlib.suppress(FileNotFoundError):
+                for entry in self.system.ls(f"{self.base}/{prefix}".rstrip("/"), detail=True):
+                    if entry["type"] == "file":
+                        name = entry["name"].rstrip("/").rpartition("/")[2]
+                        sizes[prefix + name] = int(entry["size"])
+        return sizes
 
     def rename(self, old: str, new: str) -> None:
         # Object stores have no rename; a put of the same bytes is what is whole or not at all.
@@ -274,7 +248,3 @@ class RemoteFolder:
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.system.rm_file(f"{self.base}/{name}")
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        yield

@@ -1,0 +1,75 @@
+"""`Attention` as tensors by name and facts beside them, and back: the one way it is stored.
+
+Queries and keys are kept as they are, with `mask` and `scale` where there are such tensors; a
+number `scale` and `causal` are facts. Attention that was given as weights is one tensor, without
+facts. Files of a single site (`formats`) have the facts in their header, runs in their manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vistvis.attention import Attention, SiteInfo
+
+# Which tensors a stored site has at least, and at most.
+HOLDINGS = {
+    "qk": ({"query", "key"}, {"query", "key", "mask", "scale"}),
+    "weights": ({"weights"}, {"weights"}),
+}
+
+
+def tensors_of(attention: Attention) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors that hold an `Attention`, none of them copied, and the facts they do not say.
+
+    Returns
+    -------
+    `{"query": (B, h, Nq, d), "key": (B, h_k, Nk, d)}`, perhaps with a `mask` that broadcasts to
+    `(B, h, Nq, Nk)` and a `scale` `(h,)`, and the facts `scale` (None where it is a tensor) and
+    `causal`; or `{"weights": (B, h, Nq, Nk)}` and no facts.
+    """
+    if attention.weights is not None:
+        return {"weights": attention.weights}, {}
+    scale = attention.scale
+    parts = {
+        "query": attention.query,
+        "key": attention.key,
+        "mask": None if attention.mask is None else _unexpanded(attention.mask),
+        "scale": scale if isinstance(scale, Tensor) else None,
+    }
+    number = None if isinstance(scale, Tensor) else float(scale)
+    tensors = {name: part for name, part in parts.items() if part is not None}
+    return tensors, {"scale": number, "causal": attention.causal}
+
+
+def attention_of(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], site: SiteInfo | None
+) -> Attention:
+    """The reverse of `tensors_of`; facts that are not there have `Attention`'s defaults.
+
+    Raises
+    ------
+    InputError
+        If the tensors do not fit together.
+    """
+    if "query" not in tensors:
+        return Attention.from_weights(tensors["weights"], site=site)
+    return Attention(
+        query=tensors["query"],
+        key=tensors["key"],
+        scale=tensors.get("scale", facts.get("scale")),
+        mask=tensors.get("mask"),
+        causal=bool(facts.get("causal")),
+        site=site,
+    )
+
+
+def _unexpanded(mask: Tensor) -> Tensor:
+    """A mask without what `expand` repeated; it broadcasts to the same."""
+    index = tuple(
+        slice(0, 1) if stride == 0 and size > 1 else slice(None)
+        for size, stride in zip(mask.shape, mask.stride(), strict=True)
+    )
+    return mask[index]
