@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vistvis import Attention, SiteInfo, TokenLayout
-from vistvis.errors import DenseLimitError, InputError, StoreError
+from vistvis.errors import CaptureError, DenseLimitError, InputError, StoreError
 from vistvis.files import atomic_file, checked_name, inside
 from vistvis.store.formats import FORMATS, checked_format, read, read_attention, write
 
@@ -89,6 +90,47 @@ def test_query_and_key_may_be_one_tensor(tmp_path: Path) -> None:
     both = torch.randn(1, 1, 3, 2)
     found = read_attention(write(Attention(query=both, key=both), tmp_path / "a.safetensors"))
     assert torch.equal(found.dense(), Attention(query=both, key=both).dense())
+
+
+def test_attention_lies_in_the_file_as_it_always_did(tmp_path: Path) -> None:
+    """Names of tensors, words of the header: what earlier files have, and their readers expect."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
+    mask = torch.rand(3) > 0.3
+    site = SiteInfo("blocks.0", block=0)
+    given = Attention(query=query, key=key, mask=mask.expand(1, 2, 3, 3), scale=0.1, site=site)
+    path = write(given, tmp_path / "a.safetensors")
+    found = load_file(path)
+    assert {name: tuple(part.shape) for name, part in found.items()} == {
+        "query": (1, 2, 3, 4),
+        "key": (1, 2, 3, 4),
+        "mask": (1, 1, 1, 3),  # what `expand` repeated is not stored
+    }
+    assert torch.equal(found["query"], query)
+    with safe_open(path, framework="pt") as file:
+        words = file.metadata()
+    about = {"format": "pt", "content": "vistvis attention 1", "scale": "0.1", "causal": "false"}
+    assert {**words, "site": json.loads(words["site"])} == {**about, "site": site.to_dict()}
+
+    save_file({"query": query, "key": key}, tmp_path / "old.safetensors", {**words, "scale": "0.3"})
+    old = read_attention(tmp_path / "old.safetensors")
+    assert (old.scale, old.causal, old.site) == (0.3, False, site)
+    weights = write(Attention.from_weights(given.dense()), tmp_path / "w.safetensors")
+    with safe_open(weights, framework="pt") as file:
+        assert set(file.keys()) == {"weights"}
+        assert file.metadata() == {"format": "pt", "content": "vistvis attention 1"}
+
+
+def test_attention_that_was_written_into_is_not_stored(tmp_path: Path) -> None:
+    query = torch.randn(1, 1, 3, 2)
+    given = Attention(query=query, key=torch.randn(1, 1, 3, 2))
+    query.mul_(2)
+    for ending in (".safetensors", ".pt"):
+        with pytest.raises(CaptureError, match="written into"):
+            write(given, tmp_path / f"a{ending}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_dense_writes_keep_to_a_limit(tmp_path: Path) -> None:

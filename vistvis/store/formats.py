@@ -48,13 +48,7 @@ class Contents:
     about: Mapping[str, str] = field(default_factory=dict)
 
     def one(self) -> Tensor:
-        """The tensor that is meant: the only one, or the one under a usual name.
-
-        Raises
-        ------
-        StoreError
-            If that can't be told.
-        """
+        """The tensor that is meant: the only one or one of a usual name, else StoreError."""
         if len(self.tensors) == 1:
             return next(iter(self.tensors.values()))
         for name in _USUAL_NAMES:
@@ -67,13 +61,7 @@ class Contents:
 
 
 def checked_format(file_name: str, what: str = "file_name") -> str:
-    """A plain file name with an ending that is known; without one, `.pt` is added.
-
-    Raises
-    ------
-    InputError
-        For another ending.
-    """
+    """A plain file name; `.pt` is added where it has no ending, InputError for an unknown one."""
     name = checked_name(file_name, what)
     ending = Path(name).suffix.lower()
     if not ending:
@@ -184,12 +172,8 @@ def _write_safetensors(file: BinaryIO, contents: Contents) -> None:
 def read(path: PathLike) -> Contents:
     """The tensors of a file, mapped where the format can be.
 
-    Nothing in the file is ever run: what is more than tensors is refused.
-
-    Raises
-    ------
-    StoreError
-        If the file is not there, damaged, of another format, or holds more than plain tensors.
+    Nothing in the file is ever run: StoreError if it holds more than plain tensors, is not there,
+    damaged, or of another format.
     """
     source = Path(path)
     ending = source.suffix.lower()
@@ -214,12 +198,8 @@ def read(path: PathLike) -> Contents:
 def read_attention(path: PathLike) -> Attention:
     """Attention weights `(B, h, Nq, Nk)` or queries and keys from a file, lazily.
 
-    Only rows that are asked for are read, except from `.npz`.
-
-    Raises
-    ------
-    StoreError
-        As `read`; also if it holds no attention.
+    Only rows that are asked for are read, except from `.npz`. StoreError as `read`; also if it
+    holds no attention.
     """
     contents = read(path)
     has_both = {"query", "key"} <= set(contents.tensors)

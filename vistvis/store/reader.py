@@ -52,13 +52,11 @@ def open_run(
     """
     folder = folder_of(path, storage_options)
     with reported(f"can't open the run in {folder.root}"):
-        text = _manifest_text(folder)
         while True:
-            manifest = Manifest.from_json(text, folder.where(NAME))
+            manifest = _manifest_of(folder)
             damage = manifest.damage(folder)
-            before, text = text, _manifest_text(folder)
             # A run that was replaced between two looks at it is no damage: look again.
-            if not damage or text == before:
+            if not damage or manifest == _manifest_of(folder):
                 break
     if strict and damage:
         more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
@@ -69,9 +67,9 @@ def open_run(
     return Run(folder, manifest, damage)
 
 
-def _manifest_text(folder: Folder) -> bytes:
+def _manifest_of(folder: Folder) -> Manifest:
     try:
-        return folder.read(NAME)
+        return Manifest.from_json(folder.read(NAME), folder.where(NAME))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(f"no run in {folder.root}: {folder.where(NAME)} is not there") from error
 
@@ -268,12 +266,11 @@ class Run(Mapping[str, Attention]):
 
     def _was_replaced(self) -> bool:
         try:
-            now = Manifest.from_json(self._folder.read(NAME), self._folder.where(NAME))
-        except (OSError, VistvisError):
+            current = _manifest_of(self._folder)
+        except OSError:
             return False
-        files = {record.file: record.crc32 for record in self._manifest.files}
-        current = {record.file: record.crc32 for record in now.files}
-        return any(current.get(file) != crc for file, crc in files.items())
+        files = {(record.file, record.crc32) for record in current.files}
+        return any((record.file, record.crc32) not in files for record in self._manifest.files)
 
     def _no_site(self, name: Any) -> VistvisError:
         if name in self.damaged:

@@ -303,7 +303,7 @@ def _event_of(attention: Attention) -> Any:
     return event
 
 
-_streams: dict[Any, Any] = {}
+_stream = functools.lru_cache(torch.cuda.Stream)
 
 
 def _on_host(attention: Attention, event: Any) -> Attention:
@@ -312,10 +312,7 @@ def _on_host(attention: Attention, event: Any) -> Attention:
     attention = attention.detach()
     if event is None:
         return attention.cpu()
-    device = attention.device
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream = _streams[device]
+    stream: Any = _stream(attention.device)
     with torch.cuda.stream(stream):
         stream.wait_event(event)
         attention = attention.cpu()
