@@ -49,8 +49,8 @@ def measure(way: str, heads: int) -> None:
         visualize_attention_on_image(
             given, images, TOKEN, "mean", attention_type="global", save_path=path
         )
-    found = {"extra": peak_bytes() - before, "seconds": time.perf_counter() - start}
-    print(json.dumps(found | {"held": query.nbytes + key.nbytes}))
+    measured = {"extra": peak_bytes() - before, "seconds": time.perf_counter() - start}
+    print(json.dumps(measured | {"held": query.nbytes + key.nbytes}))
 
 
 def dense_heads() -> int:

@@ -69,7 +69,7 @@ def compare(folder: Path, layers: int) -> None:
         for number, first in enumerate(range(0, layers, step)):
             order = list(packages) if number % 2 else list(packages)[::-1]
             for package in order:
-                found = in_child(
+                measured = in_child(
                     packages[package],
                     "draw",
                     package,
@@ -77,8 +77,8 @@ def compare(folder: Path, layers: int) -> None:
                     json.dumps(list(range(first, min(first + step, layers)))),
                     json.dumps(encoded),
                 )
-                wall[package] += found["wall"]
-                cpu[package] += found["cpu"]
+                wall[package] += measured["wall"]
+                cpu[package] += measured["cpu"]
         least = 6 if encoded else 10
         for package in packages:
             ratio, verdict = "", ""
@@ -123,11 +123,11 @@ def agreement(folder: Path) -> None:
     from _measure import table
 
     sys.path.insert(0, str(ROOT))
-    from vistvis import overlay
+    from vistvis.views.painting import resize, stretch
 
     recorded = np.load(folder / "recorded.npz")
     grids, theirs = recorded["grids"], recorded["maps"]
-    ours = overlay.resize(overlay.stretch(grids), theirs.shape[-2:])
+    ours = resize(stretch(grids), theirs.shape[-2:])
     levels = np.floor(ours * 255) - np.rint(theirs * 255)
     off = (ours - theirs) * 255
     rows = [
@@ -201,8 +201,8 @@ def in_child(package: Path, *arguments: str) -> dict[str, Any]:
     )
     if done.returncode:
         raise RuntimeError(f"{arguments} failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
 
 
 def child_draw(package: str, name: str, layers: str, encoded: str) -> dict[str, float]:
@@ -245,9 +245,9 @@ def child_draw(package: str, name: str, layers: str, encoded: str) -> dict[str, 
     warm_up(folder, chosen)
     wall, cpu = time.perf_counter(), time.process_time()
     draw(chosen, folder / f"{'overlays' if json.loads(encoded) else 'nothing'} {package}")
-    found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    measured = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     shutil.rmtree(folder / f"part {package} {'-'.join(map(str, chosen))}")
-    return found
+    return measured
 
 
 def warm_up(folder: Path, chosen: list[int]) -> None:
@@ -266,9 +266,9 @@ def leave_out_png(published: bool) -> None:
 
         PIL.Image.Image.save = lambda *_, **__: None  # type: ignore[method-assign]
     else:
-        import vistvis.decorators.overlays
+        from vistvis.views import png
 
-        vistvis.reconstruction.encode_png = lambda image: b""  # type: ignore[assignment]
+        png.encode_png = lambda image: b""  # type: ignore[assignment]
 
 
 def record_maps(folder: Path) -> None:
@@ -282,10 +282,10 @@ def record_maps(folder: Path) -> None:
     resize, kept = overlay_attention._resize_attention, []
 
     def recording(grid: Any, size: Any) -> Any:
-        found = resize(grid, size)
+        measured = resize(grid, size)
         if len(kept) < (HEADS + 1) * len(QUERIES):
-            kept.append((grid, found))
-        return found
+            kept.append((grid, measured))
+        return measured
 
     overlay_attention._resize_attention = recording
 
@@ -308,18 +308,18 @@ def large_file(folder: Path) -> None:
         print(f"\nno room for a file of {size / 1e9:.1f} GB twice: memory is not measured\n")
         return
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    found = in_child(ROOT, "large", str(folder), str(tokens))
-    limit = "met" if found["added"] <= LIMIT_PRIVATE else "MISSED"
+    measured = in_child(ROOT, "large", str(folder), str(tokens))
+    limit = "met" if measured["added"] <= LIMIT_PRIVATE else "MISSED"
     table(
-        f"overlay from a dense .pt file of {found['bytes'] / 1e9:.2f} GB, every head and the mean",
+        f"overlay from a dense .pt file of {measured['bytes'] / 1e9:.2f} GB, every head and the mean",
         ("private memory before", "largest during", "added", "bar: ≤ 150 MB", "seconds"),
         [
             (
-                megabytes(found["before"]),
-                megabytes(found["before"] + found["added"]),
-                megabytes(found["added"]),
+                megabytes(measured["before"]),
+                megabytes(measured["before"] + measured["added"]),
+                megabytes(measured["added"]),
                 limit,
-                f"{found['seconds']:.1f}",
+                f"{measured['seconds']:.1f}",
             )
         ],
     )

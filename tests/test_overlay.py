@@ -100,7 +100,7 @@ def test_colours_are_those_of_matplotlib(cmap: str) -> None:
 
 def test_colours_beyond_the_ends_and_of_nan() -> None:
     found = overlay.colourise(np.array([-1.0, 0.0, 1.0, 7.0, np.nan, np.inf]))
-    table = overlay.table("jet")
+    table = overlay.colour_table("jet")
     assert [tuple(c) for c in found] == [tuple(table[i]) for i in (0, 0, 255, 255, 0, 255)]
     with pytest.raises(InputError, match="no colour map 'yet'"):
         overlay.colourise(np.zeros(2), cmap="yet")
@@ -112,7 +112,7 @@ def test_blending_is_the_weighted_sum_rounded(under: int, over: int, alpha: floa
     image = np.full((1, 1, 3), under, np.uint8)
     heat = np.full((1, 1, 3), over, np.uint8)
     expected = (1 - alpha) * under + alpha * over
-    found = overlay.mixed(overlay.weighted(image, 1 - alpha), overlay.weighted(heat, alpha))
+    found = overlay.mix(overlay.weigh(image, 1 - alpha), overlay.weigh(heat, alpha))
     assert np.abs(found - expected).max() <= 0.51
 
 
@@ -120,13 +120,13 @@ def test_weighting_the_table_is_weighting_its_colours_also_of_turned_pictures() 
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (3, 8, 9), dtype=np.uint8).transpose(1, 2, 0)
     entries = rng.integers(0, 256, (8, 9), dtype=np.uint8)
-    colours = overlay.table("jet")
-    under = overlay.weighted(image, 0.7)
-    fast = overlay.mixed(under, overlay.weighted(colours, 0.3).take(entries, axis=0))
-    assert (fast == overlay.mixed(under, overlay.weighted(colours[entries], 0.3))).all()
+    colours = overlay.colour_table("jet")
+    under = overlay.weigh(image, 0.7)
+    fast = overlay.mix(under, overlay.weigh(colours, 0.3).take(entries, axis=0))
+    assert (fast == overlay.mix(under, overlay.weigh(colours[entries], 0.3))).all()
     assert fast.shape == (8, 9, 3)
     with pytest.raises(InputError, match="alpha"):
-        overlay.check_alpha(1.5)
+        overlay.OverlayPainter({}, alpha=1.5)
 
 
 def test_an_outline_lies_inside_its_box_and_leaves_the_picture_alone() -> None:

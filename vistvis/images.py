@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from vistvis.errors import InputError
@@ -80,8 +81,9 @@ def _unit(array: NDArray[Any], usual: str, largest: float) -> NDArray[np.float32
 
 
 def _channels_last(array: NDArray[Any]) -> NDArray[Any]:
-    moved = np.moveaxis(array, -3, -1)
-    return moved if moved.shape[-1] == 3 else np.broadcast_to(moved, (*moved.shape[:-1], 3))
+    if array.shape[-3] == 3:
+        return rearrange(array, "... c h w -> ... h w c")
+    return repeat(array, "... 1 h w -> ... h w rgb", rgb=3)
 
 
 def image_tensor(images: Any) -> Tensor:
@@ -92,17 +94,17 @@ def image_tensor(images: Any) -> Tensor:
     InputError
         If they are not `(S, C, H, W)`, `(B, S, C, H, W)`, or a list of equal pictures.
     """
-    if not isinstance(images, (Tensor, np.ndarray)) or images.ndim == 3:
-        if isinstance(images, (Tensor, np.ndarray)):
-            images = [images]
-        arrays = [p if isinstance(p, Tensor) else torch.as_tensor(np.array(p)) for p in images]
-        if not arrays or len({array.shape for array in arrays}) > 1:
-            shapes = [tuple(array.shape) for array in arrays]
+    if isinstance(images, (Tensor, np.ndarray)) and images.ndim != 3:
+        tensor = torch.as_tensor(images)
+    else:
+        pictures = [images] if isinstance(images, (Tensor, np.ndarray)) else images
+        tensors = [p if isinstance(p, Tensor) else torch.as_tensor(np.array(p)) for p in pictures]
+        if not tensors or len({one.shape for one in tensors}) > 1:
+            shapes = [tuple(one.shape) for one in tensors]
             raise InputError(f"a list of pictures has at least one, all of one shape, got {shapes}")
-        images = torch.stack(arrays)
-        if images.ndim == 4 and images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
-            images = images.permute(0, 3, 1, 2)
-    tensor = torch.as_tensor(images)
+        tensor = torch.stack(tensors)
+        if tensor.ndim == 4 and tensor.shape[-1] in (1, 3) and tensor.shape[1] not in (1, 3):
+            tensor = rearrange(tensor, "s h w c -> s c h w")
     if tensor.ndim not in (4, 5) or tensor.shape[-3] not in (1, 3):
         raise InputError(
             "images are (S, C, H, W) or (B, S, C, H, W) with 1 or 3 channels, or a list of "

@@ -7,35 +7,28 @@ over the picture. Only those rows are read or computed.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from vistvis.attention import Attention
+from vistvis.decorators.layers import Layers, Selection, StoredLayers, open_layers
 from vistvis.decorators.paths import AttentionPath, StaticMetadata
-from vistvis.decorators.sources import (
-    Asked,
-    FileSource,
-    Frames,
-    PathLike,
-    Place,
-    Queries,
-    Source,
-    index_of,
-    opened,
-)
-from vistvis.errors import InputError, StoreError
-from vistvis.files import atomic_file
+from vistvis.decorators.requests import Indices, OverlayRequest
+from vistvis.errors import InputError
+from vistvis.files import PathLike
+from vistvis.progress import progress as progress_bar
 from vistvis.store.formats import read_attention
-from vistvis.views import painting
-from vistvis.views.overlay_folder import Head, Layer, OverlayOutputPath, overlay_name
-from vistvis.views.png import encode_png
+from vistvis.views.overlay_folder import Head, Layer, OverlayOutputPath
+from vistvis.views.painting import OverlayPainter, as_array, outline_query
+from vistvis.views.png import PngWriter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,18 +36,14 @@ if TYPE_CHECKING:
 # How far a stored row may sum from 1: the rounding of its dtype, with room to spare.
 _SUM_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _SUM_TOLERANCE_FULL = 1e-3
-# Pixels of white around the query's outline.
-_RING = 2
-# Pictures being encoded at once; more would only wait for each other.
-_THREADS = min(4, os.cpu_count() or 1)
 
 
 def run_overlay_for_reconstruction(
     paths: AttentionPath | Mapping[str, Attention],
     *,
     query_frame_idx: SupportsIndex,
-    query_idx: Queries,
-    key_frame_idx: Frames,
+    query_idx: Indices,
+    key_frame_idx: Indices,
     head: Head,
     output_path: PathLike,
     metadata: StaticMetadata | None = None,
@@ -124,29 +113,21 @@ def run_overlay_for_reconstruction(
     keys, or the reading of `Q·h·N` weights; drawing and writing take about 15 ms for each overlay
     of 518×518 pixels and one thread.
     """
-    source = opened(paths, metadata, bool(is_cross_attention), batch_idx)
-    asked = Asked.checked(
-        source,
+    request = OverlayRequest(
         query_frame_idx=query_frame_idx,
         query_idx=query_idx,
         key_frame_idx=key_frame_idx,
-        pick=_picked,
+        head=head,
+        metadata=metadata,
+        is_cross_attention=bool(is_cross_attention),
+        batch_idx=batch_idx,
+        alpha=alpha,
+        cmap_name=cmap_name,
+        eps=eps,
     )
-    brush = _Brush(source.images, asked.key_frames, cmap_name=cmap_name, alpha=alpha, eps=eps)
-    output = OverlayOutputPath(output_path=os.fspath(output_path))
-    chosen = source.chosen(layers)
-    results: dict[tuple[Layer, Head], list[str]] = {}
-    with _Writer(_bar(chosen, progress)) as writer:
-        for layer in writer.steps:
-            attention = source.attention(layer)
-            heads = _heads(head, attention)
-            maps = _maps(layer, attention, heads, source.place(layer, attention, asked))
-            for one in heads:
-                folder = Path(output.head_dir(layer, one), "overlays")
-                results[layer, one] = _draw(maps[one], asked, brush, folder, writer)
-            writer.wait()
-        _write_query_frames(source, asked, Path(output.query_frames_dir), writer)
-    return results
+    stored = open_layers(paths, request)
+    output = OverlayOutputPath(os.fspath(output_path))
+    return _overlay(stored, stored.chosen(layers), request, output, progress=progress)
 
 
 def overlay_query_to_frame_attention(
@@ -154,8 +135,8 @@ def overlay_query_to_frame_attention(
     input_path: PathLike,
     metadata: StaticMetadata | None,
     query_frame_idx: SupportsIndex,
-    query_idx: Queries,
-    key_frame_idx: Frames,
+    query_idx: Indices,
+    key_frame_idx: Indices,
     head: Head,
     output_path: PathLike,
     *,
@@ -185,65 +166,96 @@ def overlay_query_to_frame_attention(
     """
     if head != "mean" and not isinstance(head, SupportsIndex):
         raise InputError(f'head is a number or "mean" here, got {head!r}')
-    attention = read_attention(attn_path)
-    source = FileSource(
-        [0], lambda _: attention, input_path, metadata, bool(is_cross_attention), batch_idx
-    )
-    asked = Asked.checked(
-        source,
+    request = OverlayRequest(
         query_frame_idx=query_frame_idx,
         query_idx=query_idx,
         key_frame_idx=key_frame_idx,
-        pick=_picked,
+        head=head,
+        metadata=metadata,
+        is_cross_attention=bool(is_cross_attention),
+        batch_idx=batch_idx,
+        alpha=alpha,
+        cmap_name=cmap_name,
+        eps=eps,
     )
-    brush = _Brush(source.images, asked.key_frames, cmap_name=cmap_name, alpha=alpha, eps=eps)
-    folder = Path(output_path).expanduser()
-    query_folder = Path(query_output_path or folder / "query_frames").expanduser()
-    with _Writer([]) as writer:
-        _write_query_frames(source, asked, query_folder, writer)
-        heads = _heads(head, attention)
-        maps = _maps(0, attention, heads, source.place(0, attention, asked))
-        return _draw(maps[heads[0]], asked, brush, folder / "overlays", writer)
+    attention = read_attention(attn_path)
+    stored = StoredLayers([0], lambda _: attention, input_path, request)
+    output = _OneFolder(os.fspath(output_path), query_output_path)
+    (files,) = _overlay(stored, [0], request, output, progress=False).values()
+    return files
 
 
-def _heads(head: Head, attention: Attention) -> list[Head]:
-    if isinstance(head, str):
-        if head == "all":
-            return [*range(attention.num_heads), "mean"]
-        if head == "mean":
-            return ["mean"]
-        raise InputError(f'head is a number, "mean" or "all", got {head!r}')
-    return [index_of(head, attention.num_heads, "head")]
+@dataclass(frozen=True)
+class _OneFolder(OverlayOutputPath):
+    """Overlays of one layer and head, without folders for these."""
+
+    query_output_path: PathLike | None
+
+    @property
+    def query_frames_dir(self) -> str:
+        return os.path.expanduser(self.query_output_path or super().query_frames_dir)
+
+    def head_dir(self, layer_id: Layer, head: Head) -> str:
+        return self.output_path
 
 
-def _picked(source: Source, frame: int) -> tuple[int, ...]:
-    from vistvis.views.pick import pick_patches
-
-    picked = pick_patches(source.images[frame], source.layout, title=f"frame {frame}")
-    if not picked:
-        raise InputError("no patch was chosen in the window, so there is no query to draw")
-    return tuple(picked)
+def _overlay(
+    stored: Layers,
+    layers: Sequence[Layer],
+    request: OverlayRequest,
+    output: OverlayOutputPath,
+    *,
+    progress: bool,
+) -> dict[tuple[Layer, Head], list[str]]:
+    """Draw the layers and the query, and say which files are whose."""
+    query = request.query(stored.images, stored.layout)
+    painter = OverlayPainter(
+        {frame: stored.images[frame] for frame in query.key_frames},
+        cmap=request.cmap_name,
+        alpha=request.alpha,
+        eps=request.eps,
+    )
+    results: dict[tuple[Layer, Head], list[str]] = {}
+    bar = progress_bar(layers, "overlays", shown=progress, unit="layer")
+    with PngWriter() as writer:
+        for layer in bar:
+            attention = stored.attention(layer)
+            heads = request.heads(attention.num_heads)
+            selection = stored.selection(layer, attention, query)
+            for head, maps in _maps(layer, attention, heads, selection).items():
+                results[layer, head] = []
+                for (token, frame), weights in zip(query.pairs, maps, strict=True):
+                    named = frame if query.key_frame_in_name else None
+                    path = Path(output.overlay_file(layer, head, token, named))
+                    writer.put(path, partial(painter.paint, weights, frame))
+                    results[layer, head].append(str(path))
+            writer.wait()
+        for token in query.tokens:
+            picture, box = stored.images[query.frame], _pixel_box(stored, token)
+            writer.put(Path(output.query_file(token)), partial(outline_query, picture, box))
+    return results
 
 
 # -- computing -----------------------------------------------------------------------------------
 
 
 def _maps(
-    layer: Layer, attention: Attention, heads: Sequence[Head], place: Place
+    layer: Layer, attention: Attention, heads: Sequence[Head], selection: Selection
 ) -> dict[Head, NDArray[np.float32]]:
-    """For each head, weights of the queries over patches of the key frames, `(Q, K, rows, cols)`.
+    """For each head one map for every pair of query and key frame, `(Q · K, rows, cols)`.
 
     Softmax has gone over all keys before any are left out.
     """
     numbers = None if "mean" in heads else [int(head) for head in heads]
-    rows = attention.rows(list(place.rows), batch=place.batch, heads=numbers)[0]
+    rows = attention.rows(list(selection.rows), batch=selection.batch, heads=numbers)[0]
     _check_rows(layer, attention, rows)
-    parts = torch.stack([rows[..., keys] for keys in place.keys], 2)
-    by_head = painting.as_array(parts.reshape(*parts.shape[:3], *place.grid))
-    if numbers is None:
-        mean = by_head.mean(0, dtype=np.float64).astype(np.float32)
-        return {head: mean if head == "mean" else by_head[int(head)] for head in heads}
-    return dict(zip(heads, by_head, strict=True))
+    by_frame = torch.stack([rows[..., keys] for keys in selection.keys])
+    pattern = "frame head query (row col) -> head (query frame) row col"
+    maps = as_array(rearrange(by_frame, pattern, row=selection.grid[0]))
+    if numbers is not None:
+        return dict(zip(heads, maps, strict=True))
+    mean = maps.mean(0, dtype=np.float64).astype(np.float32)
+    return {head: mean if head == "mean" else maps[int(head)] for head in heads}
 
 
 def _check_rows(layer: Layer, attention: Attention, rows: torch.Tensor) -> None:
@@ -265,115 +277,11 @@ def _check_rows(layer: Layer, attention: Attention, rows: torch.Tensor) -> None:
         )
 
 
-# -- drawing and writing -------------------------------------------------------------------------
-
-
-class _Brush:
-    """Pictures and colour table, weighted once for all overlays."""
-
-    def __init__(
-        self,
-        images: NDArray[np.uint8],
-        frames: Sequence[int],
-        *,
-        cmap_name: str,
-        alpha: float,
-        eps: float,
-    ) -> None:
-        painting.check_alpha(alpha)
-        self._under = {k: painting.weighted(images[k], 1 - alpha) for k in frames}
-        self._over = painting.weighted(painting.table(cmap_name), alpha)
-        self._eps = eps
-
-    def paint(self, weights: NDArray[np.float32], frame: int) -> NDArray[np.uint8]:
-        """One overlay `(H, W, 3)` from one map `(rows, cols)`."""
-        under = self._under[frame]
-        scalar = painting.resize(painting.stretch(weights, eps=self._eps), under.shape[:2])
-        return painting.mixed(under, self._over.take(painting.levels(scalar), axis=0))
-
-
-class _Writer:
-    """Paints, encodes and writes in a few threads; errors come up at `wait` or at the end."""
-
-    def __init__(self, steps: Any) -> None:
-        self.steps = steps
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="vistvis-overlay")
-        self._pending: list[Future[None]] = []
-
-    def put(self, path: Path, paint: Callable[[], NDArray[np.uint8]]) -> None:
-        self._pending.append(self._pool.submit(_write_picture, path, paint))
-
-    def wait(self) -> None:
-        """Until everything is written, so that pictures of one layer are waiting at most."""
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.wait()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
-
-
-def _write_picture(path: Path, paint: Callable[[], NDArray[np.uint8]]) -> None:
-    data = encode_png(paint())
-    try:
-        with atomic_file(path, sync=False) as file:
-            file.write(data)
-    except OSError as error:
-        raise StoreError(f"can't write {path}: {error.strerror or error}") from error
-
-
-def _draw(
-    maps: NDArray[np.float32], asked: Asked, brush: _Brush, folder: Path, writer: _Writer
-) -> list[str]:
-    _make(folder)
-    written = []
-    for query, of_query in zip(asked.queries, maps, strict=True):
-        for frame, weights in zip(asked.key_frames, of_query, strict=True):
-            path = folder / overlay_name(query, frame if asked.frame_in_name else None)
-            writer.put(path, functools.partial(brush.paint, weights, frame))
-            written.append(str(path))
-    return written
-
-
-def _write_query_frames(source: Source, asked: Asked, folder: Path, writer: _Writer) -> None:
-    """The query frame with each query outlined; a special token has no place: the whole frame."""
-    _make(folder)
-    picture = source.images[asked.query_frame]
-    height, width = picture.shape[:2]
-    layout = source.layout.frame_layout()
-    for query in asked.queries:
-        x0, y0, x1, y1 = layout.locate(query).box or (0, 0, *layout.image_size[::-1])
-        # Pictures may have another size than the grid says, where they were resized for the model.
-        down, across = height / layout.image_size[0], width / layout.image_size[1]
-        box = round(x0 * across), round(y0 * down), round(x1 * across), round(y1 * down)
-        writer.put(folder / f"query_image_{query}.png", functools.partial(_outlined, picture, box))
-
-
-def _outlined(picture: NDArray[np.uint8], box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-    """The box in green, within white: one of the two stands out on any picture."""
+def _pixel_box(stored: Layers, token: int) -> tuple[int, int, int, int]:
+    """Where a token lies in its picture; a special token has no place: the whole picture."""
+    layout = stored.layout.frame_layout()
+    box = layout.locate(token).box or (0, 0, *layout.image_size[::-1])
+    # Pictures may have another size than the grid says, where they were resized for the model.
+    down, across = (n / m for n, m in zip(stored.images.shape[1:3], layout.image_size, strict=True))
     x0, y0, x1, y1 = box
-    around = x0 - _RING, y0 - _RING, x1 + _RING, y1 + _RING
-    ringed = painting.outline(picture, around, colour=painting.WHITE, width=_RING)
-    return painting.outline(ringed, box)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"can't make the folder {folder}: {error.strerror or error}") from error
-
-
-def _bar(layers: Sequence[Layer], shown: bool) -> Any:
-    if not shown:
-        return layers
-    from tqdm.auto import tqdm
-
-    return tqdm(layers, desc="overlays", unit="layer")
+    return round(x0 * across), round(y0 * down), round(x1 * across), round(y1 * down)

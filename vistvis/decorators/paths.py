@@ -14,7 +14,7 @@ from vistvis.errors import InputError, StoreError
 from vistvis.files import checked_name, inside
 from vistvis.store.formats import FORMATS
 from vistvis.tokens import TokenLayout
-from vistvis.views.overlay_folder import listed
+from vistvis.views.overlay_folder import folder_names
 
 METADATA_VARIABLE = "VIS_TVIS_METADATA_PATH"
 
@@ -67,7 +67,7 @@ class AttentionPath:
 
     def list_layers(self) -> list[int]:
         """Numbers of the layers that have a folder under `attn/`, in numeric order."""
-        return sorted(n for n in listed(self.attn_root, "layer_") if isinstance(n, int))
+        return sorted(n for n in folder_names(self.attn_root, "layer_") if isinstance(n, int))
 
     def _file(self, folder: str, layer_id: SupportsIndex, name: str) -> str:
         layer = operator.index(layer_id)

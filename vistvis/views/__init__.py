@@ -1,0 +1,1 @@
+"""Pictures, figures and pages of attention; what is drawn is computed elsewhere."""

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import AbstractPathEffect, Normal, Stroke
 
 from vistvis.files import atomic_file
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Colormap, Normalize
+    from matplotlib.image import AxesImage
     from numpy.typing import NDArray
 
 
@@ -57,34 +59,51 @@ class NotebookFigure(Figure):
 
 
 def image_axes(
-    axes: Axes, image: NDArray[np.uint8], *, title: str | None = None, **kwargs: Any
-) -> Axes:
-    """Show a picture `(H, W, 3)` without ticks; returns the axes."""
-    axes.imshow(image, interpolation=kwargs.pop("interpolation", "antialiased"), **kwargs)
+    axes: Axes, image: NDArray[Any], *, title: str | None = None, **kwargs: Any
+) -> AxesImage:
+    """Show a picture `(H, W, 3)`, or a map `(H, W)` in colours, without ticks."""
+    shown = axes.imshow(image, interpolation="antialiased", **kwargs)
     axes.set_axis_off()
     if title is not None:
         axes.set_title(title)
-    return axes
+    return shown
 
 
 def outline_box(
     axes: Axes,
     box: Sequence[float],
     *,
-    colour: str = "#00e05a",
-    width: float = 1.8,
+    strokes: Sequence[tuple[str, float]] = (("black", 3.4), ("#00e05a", 1.8)),
     pad: float = 0.0,
+    **style: Any,
 ) -> Rectangle:
-    """Outline a pixel box `(x0, y0, x1, y1)`, `x1` and `y1` exclusive, so that it shows on any
-    picture: a bright line on a dark one. Returns the bright rectangle."""
+    """Outline a pixel box so that it shows on any picture: lines on wider lines.
+
+    Parameters
+    ----------
+    box
+        `(x0, y0, x1, y1)`, `x1` and `y1` exclusive.
+    strokes
+        `(colour, width in points)` from the lowest and widest to the uppermost.
+    pad
+        Pixels between the box and the outline.
+    style
+        Of the rectangle: `joinstyle`, `zorder`, `clip_on`, …
+
+    Returns
+    -------
+    The rectangle, one artist with all its lines.
+    """
     x0, y0, x1, y1 = box
+    *under, (colour, width) = strokes
     # imshow puts the centre of pixel 0 at 0, so the pixel's edge is at -0.5.
     corner = (x0 - 0.5 - pad, y0 - 0.5 - pad)
     size = (x1 - x0 + 2 * pad, y1 - y0 + 2 * pad)
-    axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="black", linewidth=width + 1.6))
-    bright = Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=width)
-    axes.add_patch(bright)
-    return bright
+    outline = Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=width, **style)
+    effects: list[AbstractPathEffect] = [Stroke(foreground=c, linewidth=w) for c, w in under]
+    outline.set_path_effects([*effects, Normal()])
+    axes.add_patch(outline)
+    return outline
 
 
 def heat_axes(
@@ -107,12 +126,9 @@ def heat_axes(
         image_axes(axes, image)
     else:
         alpha = 1.0
-    drawn = axes.imshow(heat, cmap=cmap, norm=normalizer, alpha=alpha, interpolation="antialiased")
-    axes.set_axis_off()
-    if title is not None:
-        axes.set_title(title)
+    heatmap = image_axes(axes, heat, title=title, cmap=cmap, norm=normalizer, alpha=alpha)
     if alpha == 1.0:
-        return drawn
+        return heatmap
     # The bar of a see-through map would be as pale as the map over white.
     return ScalarMappable(norm=normalizer, cmap=cmap)
 

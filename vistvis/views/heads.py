@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from vistvis.views.painting import Values
+    from vistvis.images import Values
 
 
 def head_grid(
@@ -62,11 +62,11 @@ def head_grid(
     figure = NotebookFigure(
         figsize=(2.6 * columns + 0.9, 2.75 * rows * height / width + 0.5), layout="constrained"
     )
-    axes = [figure.add_subplot(rows, columns, place + 1) for place in range(len(values) + 1)]
+    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(len(values) + 1)]
     image_axes(axes[0], image, title="picture")
-    for place, (heat, label) in enumerate(zip(values, labels, strict=True), 1):
-        drawn = heat_axes(
-            axes[place],
+    for panel, heat, label in zip(axes[1:], values, labels, strict=True):
+        colours = heat_axes(
+            panel,
             resize(heat, (height, width)),
             normalizer=scale,
             cmap=cmap,
@@ -75,9 +75,9 @@ def head_grid(
             title=label,
         )
     if box is not None:
-        for one in axes:
-            outline_box(one, box)
-    colour_bar(figure, drawn, axes, label="attention weight")
+        for panel in axes:
+            outline_box(panel, box)
+    colour_bar(figure, colours, axes, label="attention weight")
     if title:
         figure.suptitle(title)
     return figure

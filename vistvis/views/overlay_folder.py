@@ -52,39 +52,44 @@ class OverlayOutputPath:
     def overlay_file(
         self, layer_id: Layer, head: Head, query_idx: int, key_frame_idx: int | None = None
     ) -> str:
-        name = overlay_name(query_idx, key_frame_idx)
+        frame = "" if key_frame_idx is None else f"_frame_{key_frame_idx}"
+        name = f"overlay_{query_idx}{frame}.png"
         return os.path.join(self.head_dir(layer_id, head), "overlays", name)
 
     def list_layers(self) -> list[Layer]:
         """Layers in numeric order, then sites by name, numbers in names in numeric order."""
-        found: list[Layer] = []
-        for name in listed(self.output_path, "layer="):
+        layers: list[Layer] = []
+        for name in folder_names(self.output_path, "layer="):
             number = re.fullmatch(r"layer_(\d+)", str(name))
-            found.append(int(number[1]) if number else unquote(str(name)))
-        return sorted(found, key=_natural)
+            layers.append(int(number[1]) if number else unquote(str(name)))
+        return sorted(layers, key=natural_order)
 
     def list_heads(self, layer_id: Layer) -> list[Head]:
         """Numbered heads in order, then others such as "mean"."""
-        return sorted(listed(self.layer_dir(layer_id), "head="), key=_natural)
+        return sorted(folder_names(self.layer_dir(layer_id), "head="), key=natural_order)
 
     def list_queries(self, layer_id: Layer, head: Head) -> list[tuple[int, int | None]]:
         """`(query, key frame)` of every overlay; the key frame is None where the name has none."""
-        folder = Path(self.head_dir(layer_id, head), "overlays")
-        found = set()
-        for path in folder.glob("overlay_*.png"):
-            parts = re.fullmatch(r"overlay_(\d+)(?:_frame_(\d+))?\.png", path.name)
-            if parts:
-                found.add((int(parts[1]), None if parts[2] is None else int(parts[2])))
-        return sorted(found, key=lambda pair: (pair[0], -1 if pair[1] is None else pair[1]))
+        files = Path(self.head_dir(layer_id, head), "overlays").glob("overlay_*.png")
+        names = (re.fullmatch(r"overlay_(\d+)(?:_frame_(\d+))?\.png", f.name) for f in files)
+        return sorted(
+            {(int(name[1]), int(name[2]) if name[2] else None) for name in names if name},
+            key=query_order,
+        )
 
 
-def overlay_name(query_idx: int, key_frame_idx: int | None = None) -> str:
-    """The file name of an overlay."""
-    frame = "" if key_frame_idx is None else f"_frame_{key_frame_idx}"
-    return f"overlay_{query_idx}{frame}.png"
+def layer_label(layer_id: Layer) -> str:
+    """What a layer is called in words."""
+    return f"layer {layer_id}" if isinstance(layer_id, int) else layer_id
 
 
-def listed(folder: str, prefix: str) -> list[Layer]:
+def query_order(query: tuple[int, int | None]) -> tuple[int, int]:
+    """For sorting: by token, then by key frame."""
+    token, key_frame = query
+    return token, -1 if key_frame is None else key_frame
+
+
+def folder_names(folder: str, prefix: str) -> list[Layer]:
     """What follows `prefix` in the names of the folders in `folder`; numbers as ints."""
     try:
         names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
@@ -95,7 +100,8 @@ def listed(folder: str, prefix: str) -> list[Layer]:
     return [int(r) if re.fullmatch(r"0|[1-9][0-9]*", r) else r for r in rests if r]
 
 
-def _natural(value: Layer) -> tuple[Any, ...]:
+def natural_order(value: Layer) -> tuple[Any, ...]:
+    """For sorting: numbers, then names with their numbers in numeric order."""
     if isinstance(value, int):
         return (0, [(0, value)])
     parts = re.split(r"([0-9]+)", value)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from einops import pack, unpack
 
 from vistvis.errors import InputError
 
@@ -18,13 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
     from numpy.typing import NDArray
 
-    Values: TypeAlias = "NDArray[Any] | torch.Tensor"
+    from vistvis.images import Values
 
-Norm: TypeAlias = Literal["linear", "log", "percentile"]
 NORMS = ("linear", "log", "percentile")
 
 GREEN = (0, 215, 70)
 WHITE = (255, 255, 255)
+# Pixels of white around the outline of a query.
+_RING = 2
 # Weights below a millionth of the largest are one colour on a log scale: they differ in rounding.
 _LOG_DECADES = 6
 _LEVELS = 256
@@ -53,12 +56,12 @@ def resize(maps: Values, size: tuple[int, int]) -> NDArray[np.float32]:
     height, width = (int(n) for n in size)
     if height < 1 or width < 1:
         raise InputError(f"a size in pixels is positive, got {height}×{width}")
-    stack = values.reshape(-1, 1, *values.shape[-2:])
+    stack, leading = pack([values], "* rows cols")
     resized = torch.nn.functional.interpolate(
-        stack, size=(height, width), mode="bilinear", align_corners=False
+        stack[:, None], size=(height, width), mode="bilinear", align_corners=False
     )
-    found: NDArray[np.float32] = resized.reshape(*values.shape[:-2], height, width).numpy()
-    return found
+    (large,) = unpack(resized[:, 0], leading, "* height width")
+    return as_array(large)
 
 
 def stretch(maps: Values, *, eps: float = 1e-8) -> NDArray[np.float32]:
@@ -74,8 +77,8 @@ def stretch(maps: Values, *, eps: float = 1e-8) -> NDArray[np.float32]:
     values = as_array(maps)
     low = values.min(axis=(-2, -1), keepdims=True)
     span = values.max(axis=(-2, -1), keepdims=True) - low
-    found: NDArray[np.float32] = (values - low) / (span + np.float32(eps))
-    return found
+    stretched: NDArray[np.float32] = (values - low) / (span + np.float32(eps))
+    return stretched
 
 
 def normalizer(values: Values, *, norm: str = "linear", percentile: float = 99.0) -> Normalize:
@@ -132,11 +135,11 @@ def colourise(
     array = as_array(values)
     if normalizer is not None:
         array = np.asarray(np.ma.filled(normalizer(array), 0.0), dtype=np.float32)
-    return table(cmap).take(levels(array), axis=0)
+    return colour_table(cmap).take(colour_indices(array), axis=0)
 
 
-def levels(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The colour table's entry for values from 0 to 1: 256 equal steps."""
+def colour_indices(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Where in a colour table values from 0 to 1 lie: 256 equal steps."""
     steps = values * np.float32(_LEVELS)
     # fmax and fmin also turn NaN into 0, which a conversion to int would not.
     np.fmax(steps, 0, out=steps)
@@ -144,7 +147,7 @@ def levels(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     return steps.astype(np.uint8)
 
 
-def table(cmap: str | Colormap) -> NDArray[np.uint8]:
+def colour_table(cmap: str | Colormap) -> NDArray[np.uint8]:
     """A colour map as 256 colours, uint8 `(256, 3)`.
 
     Raises
@@ -155,8 +158,8 @@ def table(cmap: str | Colormap) -> NDArray[np.uint8]:
     if isinstance(cmap, str):
         return _named_table(cmap)
     colours = np.asarray(cmap(np.linspace(0, 1, _LEVELS)))[:, :3]
-    found: NDArray[np.uint8] = np.rint(colours * 255).astype(np.uint8)
-    return found
+    table: NDArray[np.uint8] = np.rint(colours * 255).astype(np.uint8)
+    return table
 
 
 @functools.lru_cache(maxsize=16)
@@ -164,27 +167,22 @@ def _named_table(name: str) -> NDArray[np.uint8]:
     import matplotlib
 
     try:
-        colours = table(matplotlib.colormaps[name])
+        table = colour_table(matplotlib.colormaps[name])
     except KeyError as error:
         raise InputError(
             f"matplotlib has no colour map {name!r}; list them with list(matplotlib.colormaps)"
         ) from error
-    colours.setflags(write=False)
-    return colours
+    table.setflags(write=False)
+    return table
 
 
-def check_alpha(alpha: float) -> None:
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha is an opacity from 0 to 1, got {alpha}")
+def weigh(colours: NDArray[np.uint8], weight: float) -> NDArray[np.uint16]:
+    """Colours times a weight, in 256ths of a level, with half of the rounding of `mix`."""
+    weighted: NDArray[np.uint16] = np.rint(colours * np.float32(weight * 256)).astype(np.uint16)
+    return weighted
 
 
-def weighted(colours: NDArray[np.uint8], weight: float) -> NDArray[np.uint16]:
-    """Colours times a weight, in 256ths of a level, with half of the rounding of `mixed`."""
-    found: NDArray[np.uint16] = np.rint(colours * np.float32(weight * 256)).astype(np.uint16)
-    return found
-
-
-def mixed(under: NDArray[np.uint16], over: NDArray[np.uint16]) -> NDArray[np.uint8]:
+def mix(under: NDArray[np.uint16], over: NDArray[np.uint16]) -> NDArray[np.uint8]:
     """The sum of two weighted colours, rounded to levels."""
     # 255 · 256 + 2 · 0.5 + 128 stays below 2¹⁶: nothing overflows.
     total = np.add(under, over, order="C")
@@ -192,6 +190,45 @@ def mixed(under: NDArray[np.uint16], over: NDArray[np.uint16]) -> NDArray[np.uin
     # The high byte of every number is the level.
     high = 1 if sys.byteorder == "little" else 0
     return np.ascontiguousarray(total.view(np.uint8)[..., high::2])
+
+
+class OverlayPainter:
+    """Lays maps over pictures; pictures and colour table are weighted once for all overlays.
+
+    Parameters
+    ----------
+    pictures
+        uint8 `(H, W, 3)`, by the number of their frame.
+    alpha
+        Opacity of the colours.
+    eps
+        Of `stretch`: every map runs from its own minimum to its own maximum.
+
+    Raises
+    ------
+    InputError
+        For an opacity beyond 0…1, or a colour map that matplotlib does not have.
+    """
+
+    def __init__(
+        self,
+        pictures: Mapping[int, NDArray[np.uint8]],
+        *,
+        cmap: str | Colormap = "jet",
+        alpha: float = 0.45,
+        eps: float = 1e-8,
+    ) -> None:
+        if not 0 <= alpha <= 1:
+            raise InputError(f"alpha is an opacity from 0 to 1, got {alpha}")
+        self._under = {frame: weigh(picture, 1 - alpha) for frame, picture in pictures.items()}
+        self._over = weigh(colour_table(cmap), alpha)
+        self._eps = eps
+
+    def paint(self, weights: NDArray[np.float32], frame: int) -> NDArray[np.uint8]:
+        """One overlay `(H, W, 3)` of one map `(rows, cols)`."""
+        under = self._under[frame]
+        heat = resize(stretch(weights, eps=self._eps), under.shape[:2])
+        return mix(under, self._over.take(colour_indices(heat), axis=0))
 
 
 def outline(
@@ -223,6 +260,13 @@ def outline(
     inside[:line] = inside[-line:] = colour
     inside[:, :line] = inside[:, -line:] = colour
     return marked
+
+
+def outline_query(picture: NDArray[np.uint8], box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    """A copy with the box outlined in green within white: one of the two stands out anywhere."""
+    x0, y0, x1, y1 = box
+    ring = x0 - _RING, y0 - _RING, x1 + _RING, y1 + _RING
+    return outline(outline(picture, ring, colour=WHITE, width=_RING), box)
 
 
 def as_array(values: Values) -> NDArray[np.float32]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,17 @@ from typing import Any
 
 from vistvis.errors import InputError, StoreError
 from vistvis.files import atomic_file
-from vistvis.views.overlay_folder import Head, Layer, OverlayOutputPath
-from vistvis.views.pdffile import QUIET, PdfPage, text_width
+from vistvis.progress import progress as progress_bar
+from vistvis.views.overlay_folder import (
+    Head,
+    Layer,
+    OverlayOutputPath,
+    layer_label,
+    natural_order,
+    query_order,
+)
+from vistvis.views.pdffile import QUIET, Box, PdfPage, text_width
+from vistvis.views.png import THREADS
 
 # Points of 1/72 inch. The longer side of a picture: large tables have the smallest, which is still
 # seen at the zoom at which labels are read; with few pictures each may take more room.
@@ -25,7 +34,6 @@ _TITLE = 26.0
 _TABLE_WITH_TWO_SIDES = 8
 _JPEG_QUALITY = 90
 _LONGEST_SIDE = 14_400.0  # what readers of PDF accept (ISO 32000-1, annex C)
-_THREADS = min(4, os.cpu_count() or 1)
 
 
 def plot_attention_for_reconstruction(
@@ -65,19 +73,23 @@ def plot_attention_for_reconstruction(
     output = output_path
     if not isinstance(output, OverlayOutputPath):
         output = OverlayOutputPath(output_path=os.fspath(output))
-    tables = _tables(output)
+    tables = _tables(output, dpi)
     if not tables:
         raise InputError(
             f"no overlays under {output.output_path}; make them with "
             "run_overlay_for_reconstruction(…, output_path=…)"
         )
-    return [str(_write(table, output, dpi)) for table in _bar(tables, progress)]
+    shown = progress and len(tables) > 1
+    bar = progress_bar(tables, "pages", shown=shown, unit="query")
+    return [str(_write(table)) for table in bar]
 
 
 @dataclass(frozen=True)
 class _Table:
-    """What one page shows."""
+    """What one page shows, and from where."""
 
+    output: OverlayOutputPath
+    dpi: int
     query: int
     frame: int | None
     layers: tuple[Layer, ...]
@@ -103,26 +115,28 @@ class _Table:
             "minimum to its own maximum"
         )
 
+    @property
+    def query_file(self) -> Path:
+        return Path(self.output.query_file(self.query))
 
-def _tables(output: OverlayOutputPath) -> list[_Table]:
+    def files(self, layer: Layer) -> list[Path]:
+        """The overlays of a layer, head by head."""
+        overlay = self.output.overlay_file
+        return [Path(overlay(layer, head, self.query, self.frame)) for head in self.heads]
+
+
+def _tables(output: OverlayOutputPath, dpi: int) -> list[_Table]:
     """One table for each query and key frame that any layer and head has."""
-    layers = output.list_layers()
-    heads: dict[Head, None] = {}
-    queries: set[tuple[int, int | None]] = set()
-    drawn = []
-    for layer in layers:
-        of_layer = set()
-        for head in output.list_heads(layer):
-            if found := output.list_queries(layer, head):
-                heads[head] = None
-                of_layer.update(found)
-        if of_layer:
-            drawn.append(layer)
-        queries |= of_layer
-    numbers: list[Head] = sorted(h for h in heads if isinstance(h, int))
-    others: list[Head] = sorted(h for h in heads if isinstance(h, str))
-    order = sorted(queries, key=lambda pair: (pair[0], -1 if pair[1] is None else pair[1]))
-    return [_Table(q, k, tuple(drawn), (*numbers, *others)) for q, k in order]
+    queries = {
+        (layer, head): output.list_queries(layer, head)
+        for layer in output.list_layers()
+        for head in output.list_heads(layer)
+    }
+    panels = [panel for panel in queries if queries[panel]]
+    layers = tuple(dict.fromkeys(layer for layer, _ in panels))
+    heads = tuple(sorted({head for _, head in panels}, key=natural_order))
+    order = sorted(set().union(*queries.values()), key=query_order)
+    return [_Table(output, dpi, token, frame, layers, heads) for token, frame in order]
 
 
 # -- where things go -----------------------------------------------------------------------------
@@ -130,7 +144,7 @@ def _tables(output: OverlayOutputPath) -> list[_Table]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Positions in points, from the top left."""
+    """Positions in points, from the top left; boxes are `(x, y, width, height)`."""
 
     cell: tuple[float, float]
     left: float
@@ -139,23 +153,23 @@ class _Plan:
     height: float
     both_sides: bool
     both_ends: bool
-    thumbnail: float
+    thumbnail: tuple[float, float] | None
 
     @classmethod
-    def of(cls, table: _Table, aspect: float, thumbnail: bool) -> _Plan:
+    def of(cls, table: _Table) -> _Plan:
         rows, columns = len(table.layers), len(table.heads)
+        aspect = _aspect(table)
         side = min(_LARGEST_CELL, max(_SMALLEST_CELL, _TABLE_SIDE / max(rows, columns)))
-        cell = (side, side * aspect) if aspect <= 1 else (side / aspect, side)
+        wide, high = (side, side * aspect) if aspect <= 1 else (side / aspect, side)
         both_sides, both_ends = (count > _TABLE_WITH_TWO_SIDES for count in (columns, rows))
-        labels = max(text_width(_row_label(layer), _LABEL) for layer in table.layers) + _LABEL / 2
+        labels = max(text_width(layer_label(n), _LABEL) for n in table.layers) + _LABEL / 2
         # Heads' labels stand side by side, so narrow cells are widened rather than labels cut.
-        widest = max(text_width(_column_label(head), _LABEL) for head in table.heads) + 4
-        cell = (max(cell[0], widest), cell[1])
+        wide = max(wide, max(text_width(_head_label(n), _LABEL) for n in table.heads) + 4)
         left = _MARGIN + labels
-        small = 1.6 * _SMALLEST_CELL * min(1.0, aspect) if thumbnail else 0.0
+        small = 1.6 * _SMALLEST_CELL * min(1.0, aspect) if table.query_file.exists() else 0.0
         top = _MARGIN + max(small, 2.6 * _TITLE) + 2.2 * _LABEL
-        width = left + columns * (cell[0] + _GAP) + (labels if both_sides else 0) + _MARGIN
-        height = top + rows * (cell[1] + _GAP) + (1.6 * _LABEL if both_ends else 0) + _MARGIN
+        width = left + columns * (wide + _GAP) + (labels if both_sides else 0) + _MARGIN
+        height = top + rows * (high + _GAP) + (1.6 * _LABEL if both_ends else 0) + _MARGIN
         thumb = small / aspect
         words = max(text_width(table.title, _TITLE), text_width(table.subtitle, 0.6 * _TITLE))
         width = max(width, 2 * _MARGIN + thumb + _LABEL + words)
@@ -164,36 +178,31 @@ class _Plan:
                 f"{rows} layers × {columns} heads don't fit on one page; make overlays of fewer "
                 "with layers= and head="
             )
-        return cls(cell, left, top, width, height, both_sides, both_ends, small)
+        thumbnail = (thumb, small) if small else None
+        return cls((wide, high), left, top, width, height, both_sides, both_ends, thumbnail)
 
-    def at(self, row: int, column: int) -> tuple[float, float]:
+    def box(self, row: int, column: int) -> Box:
         x = self.left + column * (self.cell[0] + _GAP)
-        return x, self.top + row * (self.cell[1] + _GAP)
+        return x, self.top + row * (self.cell[1] + _GAP), *self.cell
 
 
-def _write(table: _Table, output: OverlayOutputPath, dpi: int) -> Path:
-    target = Path(output.output_path, f"{table.stem}.pdf")
-    query_file = Path(output.query_file(table.query))
-    aspect = _aspect(table, output)
-    plan = _Plan.of(table, aspect, query_file.exists())
+def _write(table: _Table) -> Path:
+    target = Path(table.output.output_path, f"{table.stem}.pdf")
+    plan = _Plan.of(table)
+    picture = functools.partial(_jpeg, dpi=table.dpi)
     try:
-        with atomic_file(target, sync=False) as file:
+        with atomic_file(target, sync=False) as file, ThreadPoolExecutor(THREADS) as pool:
             page = PdfPage(file, plan.width, plan.height, title=table.title)
-            _head(page, plan, table, query_file, aspect, dpi)
+            _head(page, plan, table)
             _labels(page, plan, table)
-            with ThreadPoolExecutor(_THREADS) as pool:
-                for row, layer in enumerate(table.layers):
-                    files = [
-                        Path(output.overlay_file(layer, head, table.query, table.frame))
-                        for head in table.heads
-                    ]
-                    pictures = pool.map(lambda f: _jpeg(f, plan.cell, dpi), files)
-                    for column, picture in enumerate(pictures):
-                        x, y = plan.at(row, column)
-                        if picture is None:
-                            page.gap(x, y, *plan.cell, "missing")
-                        else:
-                            page.jpeg(picture[0], _centred((x, y, *plan.cell), picture[1]))
+            for row, layer in enumerate(table.layers):
+                boxes = [plan.box(row, column) for column in range(len(table.heads))]
+                pictures = pool.map(picture, table.files(layer), boxes)
+                for box, drawn in zip(boxes, pictures, strict=True):
+                    if drawn is None:
+                        page.gap(*box, "missing")
+                    else:
+                        page.jpeg(*drawn)
             page.close()
     except OSError as error:
         if isinstance(error, StoreError):
@@ -202,42 +211,36 @@ def _write(table: _Table, output: OverlayOutputPath, dpi: int) -> Path:
     return target
 
 
-def _head(
-    page: PdfPage, plan: _Plan, table: _Table, query_file: Path, aspect: float, dpi: int
-) -> None:
+def _head(page: PdfPage, plan: _Plan, table: _Table) -> None:
     x = _MARGIN
-    if plan.thumbnail:
-        box = (x, _MARGIN, plan.thumbnail / aspect, plan.thumbnail)
-        picture = _jpeg(query_file, box[2:], dpi)
+    if plan.thumbnail is not None:
+        picture = _jpeg(table.query_file, (x, _MARGIN, *plan.thumbnail), table.dpi)
         if picture is not None:
-            page.jpeg(picture[0], _centred(box, picture[1]))
-        x += box[2] + _LABEL
+            page.jpeg(*picture)
+        x += plan.thumbnail[0] + _LABEL
     page.text(table.title, x, _MARGIN + _TITLE, size=_TITLE, bold=True)
     page.text(table.subtitle, x, _MARGIN + 2.1 * _TITLE, size=0.6 * _TITLE, colour=QUIET)
 
 
 def _labels(page: PdfPage, plan: _Plan, table: _Table) -> None:
+    rows, columns = len(table.layers), len(table.heads)
     for column, head in enumerate(table.heads):
-        x, y = plan.at(0, column)
-        middle = x + plan.cell[0] / 2
-        page.text(_column_label(head), middle, y - 0.5 * _LABEL, size=_LABEL, anchor=0.5)
+        x, y, width, _ = plan.box(0, column)
+        lines = [y - 0.5 * _LABEL]
         if plan.both_ends:
-            below = plan.at(len(table.layers), 0)[1] + 0.8 * _LABEL
-            page.text(_column_label(head), middle, below, size=_LABEL, anchor=0.5)
+            lines.append(plan.box(rows, 0)[1] + 0.8 * _LABEL)
+        for line in lines:
+            page.text(_head_label(head), x + width / 2, line, size=_LABEL, anchor=0.5)
     for row, layer in enumerate(table.layers):
-        x, y = plan.at(row, 0)
-        middle = y + plan.cell[1] / 2 + 0.35 * _LABEL
-        page.text(_row_label(layer), x - _LABEL / 2, middle, size=_LABEL, anchor=1)
+        x, y, _, height = plan.box(row, 0)
+        line = y + height / 2 + 0.35 * _LABEL
+        page.text(layer_label(layer), x - _LABEL / 2, line, size=_LABEL, anchor=1)
         if plan.both_sides:
-            right = plan.at(0, len(table.heads))[0] + _LABEL / 4
-            page.text(_row_label(layer), right, middle, size=_LABEL)
+            right = plan.box(0, columns)[0] + _LABEL / 4
+            page.text(layer_label(layer), right, line, size=_LABEL)
 
 
-def _row_label(layer: Layer) -> str:
-    return f"layer {layer}" if isinstance(layer, int) else layer
-
-
-def _column_label(head: Head) -> str:
+def _head_label(head: Head) -> str:
     return f"head {head}" if isinstance(head, int) else head
 
 
@@ -248,59 +251,39 @@ def _counted(count: int, noun: str) -> str:
 # -- pictures ------------------------------------------------------------------------------------
 
 
-def _aspect(table: _Table, output: OverlayOutputPath) -> float:
+def _aspect(table: _Table) -> float:
     """Height by width of the first overlay."""
-    from PIL import Image
-
-    for layer in table.layers:
-        for head in table.heads:
-            path = output.overlay_file(layer, head, table.query, table.frame)
-            if os.path.exists(path):
-                try:
-                    with Image.open(path) as picture:
-                        return picture.height / picture.width
-                except OSError as error:
-                    raise _unreadable(Path(path), error) from error
-    return 1.0
+    files = (file for layer in table.layers for file in table.files(layer))
+    rgb = next((picture for file in files if (picture := _picture(file)) is not None), None)
+    return 1.0 if rgb is None else float(rgb.height / rgb.width)
 
 
-def _jpeg(path: Path, cell: tuple[float, ...], dpi: int) -> tuple[bytes, tuple[int, int]] | None:
-    """A picture as JPEG with its size in pixels; None where there is no file."""
+def _picture(path: Path) -> Any:
+    """A picture as Pillow has it; None where there is no file."""
     from PIL import Image
 
     try:
         with Image.open(path) as picture:
-            rgb: Any = picture.convert("RGB")
+            return picture.convert("RGB")
     except FileNotFoundError:
         return None
     except (OSError, SyntaxError) as error:  # Pillow's word for a damaged PNG
-        raise _unreadable(path, error) from error
-    most = max(1, round(cell[0] / 72 * dpi)), max(1, round(cell[1] / 72 * dpi))
+        raise StoreError(f"can't read {path}: {error}; make the overlay again") from error
+
+
+def _jpeg(path: Path, box: Box, dpi: int) -> tuple[bytes, Box] | None:
+    """A picture as JPEG and the largest box of its shape in the middle of `box`; or None."""
+    from PIL import Image
+
+    rgb = _picture(path)
+    if rgb is None:
+        return None
+    x, y, width, height = box
+    most = max(1, round(width / 72 * dpi)), max(1, round(height / 72 * dpi))
     if rgb.width > most[0] or rgb.height > most[1]:
         rgb.thumbnail(most, Image.Resampling.LANCZOS)
+    scale = min(width / rgb.width, height / rgb.height)
+    wide, high = rgb.width * scale, rgb.height * scale
     buffer = io.BytesIO()
     rgb.save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-    return buffer.getvalue(), (rgb.width, rgb.height)
-
-
-def _unreadable(path: Path, error: Exception) -> StoreError:
-    return StoreError(f"can't read {path}: {error}; make the overlay again")
-
-
-def _centred(
-    box: tuple[float, float, float, float], size: tuple[int, int]
-) -> tuple[float, float, float, float]:
-    """The largest box of the picture's shape in the middle of `(x, y, width, height)`."""
-    x, y, width, height = box
-    scale = min(width / size[0], height / size[1])
-    wide, high = size[0] * scale, size[1] * scale
-    return x + (width - wide) / 2, y + (height - high) / 2, wide, high
-
-
-def _bar(tables: list[_Table], shown: bool) -> Iterable[_Table]:
-    if not shown or len(tables) == 1:
-        return tables
-    from tqdm.auto import tqdm
-
-    bar: Iterable[_Table] = tqdm(tables, desc="pages", unit="query")
-    return bar
+    return buffer.getvalue(), (x + (width - wide) / 2, y + (height - high) / 2, wide, high)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import io
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from fpdf import FPDF
 
-Colour = tuple[float, float, float]
+Colour: TypeAlias = tuple[float, float, float]
+Box: TypeAlias = tuple[float, float, float, float]
+"""`(x, y, width, height)` in points."""
 
 INK: Colour = (0.1, 0.1, 0.12)
 QUIET: Colour = (0.45, 0.45, 0.5)
@@ -34,8 +36,8 @@ class PdfPage:
         self._page = _blank(width, height)
         self._page.set_title(title)
 
-    def jpeg(self, data: bytes, box: tuple[float, float, float, float]) -> None:
-        """Draw an RGB JPEG into `(x, y, width, height)` in points; it goes in as it is."""
+    def jpeg(self, data: bytes, box: Box) -> None:
+        """Draw an RGB JPEG; it goes in as it is."""
         x, y, width, height = box
         self._page.image(io.BytesIO(data), x=x, y=y, w=width, h=height)
 

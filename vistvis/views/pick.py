@@ -7,9 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.patheffects import withStroke
 
 from vistvis.errors import DisplayError
 from vistvis.tokens import TokenLayout
+from vistvis.views.figures import image_axes, outline_box
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,8 +59,7 @@ class PatchPicker:
         height, width = image.shape[:2]
         self._cell = height / self.layout.grid[0], width / self.layout.grid[1]
         self.axes: Axes = figure.add_axes((0.02, 0.02, 0.96, 0.84))
-        self.axes.imshow(image, interpolation="antialiased")
-        self.axes.set_axis_off()
+        image_axes(self.axes, image)
         self._draw_grid(height, width)
         self._head = figure.text(0.02, 0.975, "", va="top", fontsize=11, fontweight="bold")
         self._list = figure.text(0.02, 0.925, "", va="top", fontsize=10, color="#444444")
@@ -86,8 +88,8 @@ class PatchPicker:
     def toggle(self, token: int) -> None:
         """Choose a patch token, or take it away."""
         if token in self.chosen:
-            for drawn in self.chosen.pop(token):
-                drawn.remove()
+            for artist in self.chosen.pop(token):
+                artist.remove()
         else:
             self.chosen[token] = self._outline(token)
         for number, (_, label) in enumerate(self.chosen.values(), 1):
@@ -96,35 +98,28 @@ class PatchPicker:
         self._figure.canvas.draw_idle()
 
     def _outline(self, token: int) -> tuple[Rectangle, Any]:
-        from matplotlib import patheffects
-        from matplotlib.patches import Rectangle
-
         place = self.layout.locate(token)
         assert place.row is not None
         assert place.col is not None
         high, wide = self._cell
-        corner = place.col * wide - 0.5, place.row * high - 0.5
-        # A dark line around the bright one shows on any picture.
-        dark = patheffects.withStroke(linewidth=4, foreground="black")
-        box = Rectangle(corner, wide, high, fill=False, edgecolor="#ff2d78", linewidth=2, zorder=3)
-        box.set_path_effects([dark, patheffects.Normal()])
-        self.axes.add_patch(box)
+        left, top = place.col * wide, place.row * high
+        box = (left, top, left + wide, top + high)
+        strokes = (("black", 4.0), ("#ff2d78", 2.0))
+        outline = outline_box(self.axes, box, strokes=strokes, zorder=3)
         label = self.axes.annotate(
             "",
-            (corner[0] + wide, corner[1]),
+            (left + wide - 0.5, top - 0.5),
             xytext=(2, 1),
             textcoords="offset points",
             color="white",
             fontsize=9,
             fontweight="bold",
-            path_effects=[patheffects.withStroke(linewidth=2.5, foreground="black")],
+            path_effects=[withStroke(linewidth=2.5, foreground="black")],
             zorder=4,
         )
-        return box, label
+        return outline, label
 
     def _draw_grid(self, height: int, width: int) -> None:
-        from matplotlib.collections import LineCollection
-
         rows, cols = self.layout.grid
         lines = [
             ((-0.5, y - 0.5), (width - 0.5, y - 0.5)) for y in np.linspace(0, height, rows + 1)

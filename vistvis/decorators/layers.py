@@ -1,0 +1,235 @@
+"""The layers that overlays are made of: stored files or sites of a run, their pictures and layout.
+
+Nothing is drawn here. `Layers` says which rows and keys of a layer a query and its key frames mean,
+or why they mean none.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from vistvis.attention import Attention
+from vistvis.decorators.paths import AttentionPath, StaticMetadata
+from vistvis.decorators.requests import FrameQuery, OverlayRequest, checked_index
+from vistvis.errors import InputError, LayoutError, StoreError
+from vistvis.files import PathLike
+from vistvis.images import to_rgb
+from vistvis.names import matches
+from vistvis.store.formats import read, read_attention
+from vistvis.tokens import TokenLayout
+from vistvis.views.overlay_folder import Layer, layer_label
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which numbers of one layer are drawn: batch entry, query rows, keys of each key frame."""
+
+    batch: int
+    rows: tuple[int, ...]
+    keys: tuple[slice, ...]
+    grid: tuple[int, int]
+
+
+class Layers(ABC):
+    """Layers with their pictures and the layout of their tokens, wherever they are stored.
+
+    `names` are in stored order; `images` are uint8 `(S, H, W, 3)`, of the batch entry asked for.
+    """
+
+    def __init__(
+        self, names: Sequence[Layer], images: Tensor, layout: TokenLayout, request: OverlayRequest
+    ) -> None:
+        self.names, self.layout = names, layout
+        self.batch = checked_index(request.batch_idx, images.shape[0], "batch_idx")
+        self.images = to_rgb(images[self.batch])
+
+    @abstractmethod
+    def attention(self, layer: Layer) -> Attention:
+        """The attention of a layer, lazily."""
+
+    @abstractmethod
+    def sides(self, layer: Layer, attention: Attention) -> tuple[TokenLayout, TokenLayout]:
+        """The layouts of its queries and of its keys: all frames, or one of them.
+
+        Raises
+        ------
+        LayoutError
+            If the numbers of tokens don't fit.
+        """
+
+    def chosen(self, layers: Sequence[Layer] | str | None) -> list[Layer]:
+        """The layers that are asked for by number, name or glob, in stored order."""
+        if layers is None:
+            return list(self.names)
+        patterns = [layers] if isinstance(layers, (str, SupportsIndex)) else list(layers)
+        for pattern in patterns:
+            if not any(_fits(layer, pattern) for layer in self.names):
+                have = ", ".join(str(layer) for layer in self.names)
+                raise InputError(f"no layer {pattern!r}; there are {have}")
+        return [layer for layer in self.names if any(_fits(layer, p) for p in patterns)]
+
+    def selection(self, layer: Layer, attention: Attention, query: FrameQuery) -> Selection:
+        """What of a layer shows the query.
+
+        Raises
+        ------
+        InputError, IndexOutOfRange, LayoutError
+            If the layer has no such weights; the message says why.
+        """
+        name, site, batch = layer_label(layer), attention.site, self.batch
+        if site is not None and (site.kind == "window" or site.window is not None):
+            raise InputError(
+                f"{name} attends within windows: a row covers a part of the picture only; put one "
+                "together with vistvis.attention.windows.stitch, or leave it out with layers="
+            )
+        query_side, key_side = self.sides(layer, attention)
+        if site is not None and site.frames_in_batch and self.layout.frames > 1:
+            if set(query.key_frames) != {query.frame}:
+                raise InputError(
+                    f"{name} attends within one frame: its keys are those of query_frame_idx "
+                    f"{query.frame}, not of key_frame_idx {list(query.key_frames)}; ask for that "
+                    "frame, or for other sites with layers="
+                )
+            batch = batch * self.layout.frames + query.frame
+        if key_side.frames == 1 and len(query.key_frames) != 1:
+            raise InputError(f"{name} has the keys of one frame: give one key_frame_idx")
+        # On a side of one frame that frame is the first, whichever it is of the pictures.
+        frame = query.frame if query_side.frames > 1 else 0
+        key_frames = query.key_frames if key_side.frames > 1 else (0,)
+        starts = [key_side.index(frame=k, patch=0) for k in key_frames]
+        return Selection(
+            checked_index(batch, attention.shape[0], f"batch_idx, in {name},"),
+            tuple(query_side.index(frame=frame, token=token) for token in query.tokens),
+            tuple(slice(start, start + key_side.num_patches) for start in starts),
+            key_side.grid,
+        )
+
+
+class StoredLayers(Layers):
+    """Layers as single files: `load` reads one, and `input_path` holds their pictures."""
+
+    def __init__(
+        self,
+        names: Sequence[Layer],
+        load: Callable[[Any], Attention],
+        input_path: PathLike,
+        request: OverlayRequest,
+    ) -> None:
+        self._load, self._cross = load, request.is_cross_attention
+        self._metadata = request.metadata or StaticMetadata.from_environment()
+        images = read(input_path).one()
+        if images.ndim != 5:
+            raise InputError(
+                f"pictures are stored as (B, S, C, H, W), {input_path} has {tuple(images.shape)}; "
+                "a single picture is images[None, None]"
+            )
+        _, frames, _, height, width = images.shape
+        super().__init__(names, images, self._metadata.layout(frames, (height, width)), request)
+
+    def attention(self, layer: Layer) -> Attention:
+        return self._load(layer)
+
+    def sides(self, layer: Layer, attention: Attention) -> tuple[TokenLayout, TokenLayout]:
+        one = self.layout.frame_layout()
+        side = one if self._cross else self.layout
+        queries, keys = attention.shape[2:]
+        if not queries == keys == side.num_tokens:
+            hint = ""
+            if queries == keys == one.num_tokens:
+                hint = "; keys and queries of one frame each are is_cross_attention=True"
+            raise LayoutError(
+                f"{layer_label(layer)} has {queries} queries and {keys} keys, but {side} make "
+                f"{side.num_tokens} tokens (patch size {self._metadata.patch_size}); check patch "
+                f"size, special tokens and pictures{hint}"
+            )
+        return side, side
+
+
+class RunLayers(Layers):
+    """Sites of a run, or of anything that maps names to `Attention` and has pictures."""
+
+    def __init__(self, run: Mapping[str, Attention], request: OverlayRequest) -> None:
+        self._run = run
+        images = getattr(run, "images", None)
+        if images is None:
+            raise InputError(
+                "overlays need the pictures: store the run with save_run(…, images=images)"
+            )
+        shape = tuple(images.shape)
+        layout: TokenLayout | None = getattr(run, "layout", None)
+        if request.metadata is not None:
+            frames = shape[-4] if len(shape) == 5 or layout is None else layout.frames
+            layout = request.metadata.layout(frames, shape[-2:])
+        if layout is None:
+            raise InputError(
+                "the run does not say how tokens lie; store it with save_run(…, layout=layout), or "
+                "pass metadata=StaticMetadata(patch_size=…, num_special_tokens=…)"
+            )
+        # What the caller says about tokens goes before what the sites say.
+        self._own_layouts = request.metadata is None and not request.is_cross_attention
+        if len(shape) == 4:  # frames of one scene; or, for a model of single pictures, a batch
+            images = images[None] if layout.frames == shape[0] else images[:, None]
+        super().__init__(list(getattr(run, "sites", None) or run), images, layout, request)
+        if len(self.images) != layout.frames:
+            raise LayoutError(
+                f"the layout says {layout}, but there are pictures of shape {shape}; store what "
+                "the model saw"
+            )
+
+    def attention(self, layer: Layer) -> Attention:
+        return self._run[str(layer)]
+
+    def sides(self, layer: Layer, attention: Attention) -> tuple[TokenLayout, TokenLayout]:
+        counts = attention.shape[2:]
+        query_side, key_side = self.layout.sides(*counts)
+        if self._own_layouts and attention.site is not None:
+            query_side = attention.site.query_layout or query_side
+            key_side = attention.site.key_layout or key_side
+        for count, side, what in zip(
+            counts, (query_side, key_side), ("queries", "keys"), strict=True
+        ):
+            if side is None or side.num_tokens != count:
+                raise LayoutError(
+                    f"{layer} has {count} {what}, but the layout says {self.layout}: "
+                    f"{self.layout.tokens_per_frame} tokens each, {self.layout.num_tokens} in all; "
+                    "leave it out with layers="
+                )
+        assert query_side is not None
+        assert key_side is not None
+        return query_side, key_side
+
+
+def open_layers(paths: AttentionPath | Mapping[str, Attention], request: OverlayRequest) -> Layers:
+    """Stored layers or the sites of a run, as overlays take them."""
+    if isinstance(paths, AttentionPath):
+        layers = paths.list_layers()
+        if not layers:
+            raise StoreError(
+                f"no layers under {paths.attn_root}: there should be folders layer_0, layer_1, …"
+            )
+        return StoredLayers(
+            layers,
+            lambda layer: read_attention(paths.attn_layer_file(layer)),
+            paths.input_layer_file(0),
+            request,
+        )
+    if not isinstance(paths, Mapping):
+        raise InputError(
+            "attention comes from an AttentionPath or a run; for a run's folder pass "
+            f"open_run(folder), got {type(paths).__name__}"
+        )
+    if not paths:
+        raise InputError("the run has no finished site to draw")
+    return RunLayers(paths, request)
+
+
+def _fits(layer: Layer, pattern: Layer) -> bool:
+    if isinstance(layer, str) and isinstance(pattern, str):
+        return matches(pattern, layer)
+    return layer == pattern
