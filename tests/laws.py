@@ -7,6 +7,7 @@ shares no code with the package.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 
 from vistvis import Attention
-from vistvis.attention import indexing
-from vistvis.attention import lazy as attention_module
+from vistvis.attention import arithmetic, indexing
 
 
 def reference_weights(
@@ -130,11 +130,66 @@ class AttentionLaws:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         for limit in (1, 300, 5000):
-            monkeypatch.setattr(attention_module, "_CHUNK_BYTES", limit)
+            monkeypatch.setattr(arithmetic, "_CHUNK_BYTES", limit)
             fresh = self.make()
             self.close(fresh.dense(), expected, tolerance)
             self.close(fresh.columns(0), expected[..., [0]], tolerance)
             self.close(fresh[..., 1:, -1], expected[..., 1:, -1], tolerance)
+
+    def assert_blocks_tile(
+        self,
+        blocks: Iterable[tuple[tuple[slice, ...], Tensor]],
+        expected: Tensor,
+        tolerance: float,
+    ) -> None:
+        """Each row of `expected` lies in one block, in order, under its own index."""
+        seen = torch.zeros(expected.shape[:3], dtype=torch.int64)
+        numbers = torch.arange(seen.numel()).view(seen.shape)
+        last = -1
+        for index, weights in blocks:
+            assert weights.shape[:3] == seen[index].shape
+            self.close(weights, expected[index], tolerance)
+            seen[index] += 1
+            assert int(numbers[index].min()) == last + 1  # none left out, and none before its turn
+            last = int(numbers[index].max())
+        assert bool((seen == 1).all())
+
+    def test_row_blocks_tile_the_rows(
+        self, attention: Attention, expected: Tensor, tolerance: float
+    ) -> None:
+        last = expected.shape[2] - 1
+        chosen = expected[:, [-1, 0]][:, :, [last, 0, last]]
+        for max_bytes in (None, 1, 150, 400, 10_000):
+            blocks = list(attention.row_blocks(max_bytes=max_bytes))
+            self.assert_blocks_tile(blocks, expected, tolerance)
+            row_bytes = expected.shape[3] * attention.dtype.itemsize
+            limit = max(8 * 2**20 if max_bytes is None else max_bytes, row_bytes)
+            assert all(weights.nbytes <= limit for _, weights in blocks)
+            some = attention.row_blocks(heads=[-1, 0], queries=[last, 0, last], max_bytes=max_bytes)
+            self.assert_blocks_tile(some, chosen, tolerance)
+            one = attention.row_blocks(batch=-1, heads=slice(1, None), max_bytes=max_bytes)
+            self.assert_blocks_tile(one, expected[-1:, 1:], tolerance)
+        assert all(type(weights) is Tensor for _, weights in blocks)
+
+    def test_a_wrong_row_block_is_seen(
+        self, attention: Attention, expected: Tensor, tolerance: float
+    ) -> None:
+        blocks = list(attention.row_blocks(max_bytes=1))
+        (first, weights), (second, _) = blocks[:2]
+        wrong = {
+            "left out": blocks[1:],
+            "twice": [*blocks, blocks[-1]],
+            "out of turn": [blocks[1], blocks[0], *blocks[2:]],
+            "of other rows": [(first, blocks[-1][1]), *blocks[1:]],
+            "with its keys turned round": [(first, weights.flip(-1)), *blocks[1:]],
+            "under another index": [(second, weights), *blocks[1:]],
+        }
+        for what, mistaken in wrong.items():
+            try:
+                self.assert_blocks_tile(mistaken, expected, tolerance)
+            except AssertionError:
+                continue
+            pytest.fail(f"nobody saw a block {what}")
 
     def test_indexing_is_that_of_torch(
         self, attention: Attention, expected: Tensor, tolerance: float

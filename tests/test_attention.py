@@ -14,6 +14,7 @@ from laws import AttentionLaws, reference_weights
 from torch import Tensor
 
 from vistvis import Attention, SiteInfo, TokenLayout, WindowInfo
+from vistvis.attention import GivenWeights
 from vistvis.errors import CaptureError, DenseLimitError, IndexOutOfRange, InputError
 
 
@@ -329,6 +330,43 @@ def test_inputs_that_do_not_fit_are_refused(arguments: dict[str, Tensor], text: 
     pair = {"query": torch.zeros(1, 2, 4, 5), "key": torch.zeros(1, 2, 4, 5)}
     with pytest.raises(InputError, match=text):
         Attention(**{**pair, **arguments})  # type: ignore[arg-type]
+
+
+def test_given_weights_are_attention_without_queries_and_keys() -> None:
+    tensor = torch.rand(1, 2, 3, 4)
+    attention = Attention.from_weights(tensor, site=SiteInfo("a"))
+    assert isinstance(attention, GivenWeights)
+    assert attention.weights is tensor
+    assert attention.query is attention.key is attention.mask is None
+    assert (attention.scale, attention.causal, attention.groups) == (1.0, False, 1)
+    assert attention.dense() is tensor
+    assert "'a', batch 1" in repr(attention)
+    assert "given weights" in repr(attention)
+    for other in (attention.with_site(None), attention.detach(), attention.to(torch.float64)):
+        assert isinstance(other, GivenWeights)
+    tensor.zero_()
+    for ask in (attention.check_unwritten, lambda: attention[0, 0, 0], attention.dense):
+        with pytest.raises(CaptureError, match="written into"):
+            ask()
+
+
+def test_detached_attention_has_no_graph_and_still_notices_writing() -> None:
+    query, key = (t.requires_grad_() for t in TestSelf().tensors())
+    made = query * 1
+    attention = Attention(query=made, key=key, scale=torch.ones(4, requires_grad=True)).detach()
+    assert not attention.dense().requires_grad
+    with torch.no_grad():
+        made.mul_(2)
+    with pytest.raises(CaptureError, match="written into"):
+        attention.check_unwritten()
+
+
+def test_a_write_between_two_blocks_is_noticed(attention: Attention) -> None:
+    blocks = attention.row_blocks(max_bytes=1)
+    next(blocks)
+    attention.key.mul_(2)
+    with pytest.raises(CaptureError, match="written into"):
+        next(blocks)
 
 
 def test_weights_that_are_none_are_refused() -> None:

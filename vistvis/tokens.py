@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
+from einops import rearrange
+
 from vistvis.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -155,7 +157,12 @@ class TokenLayout:
         LayoutError
             If `token` is negative or at least `num_tokens`.
         """
-        token = self._checked(token)
+        token = operator.index(token)
+        if not 0 <= token < self.num_tokens:
+            raise LayoutError(
+                f"token {token} is outside 0…{self.num_tokens - 1} ({self.frames} frames of "
+                f"{self.tokens_per_frame} tokens); the last patch is {self.num_tokens - 1}"
+            )
         frame, in_frame = divmod(token, self.tokens_per_frame)
         if in_frame < self.num_special:
             return TokenPlace(token, frame, in_frame, self.special[in_frame])
@@ -200,13 +207,8 @@ class TokenLayout:
         LayoutError
             If the token is named in no way or in two, or does not exist.
         """
-        ways = [
-            token is not None,
-            patch is not None,
-            row is not None or col is not None,
-            bool(kind),
-        ]
-        if sum(ways) != 1 or (row is None) != (col is None):
+        ways = sum(way is not None for way in (token, patch, row, kind or None))
+        if ways != 1 or (row is None) != (col is None):
             raise LayoutError(
                 "name the token in one way: token=, patch=, row= with col=, or kind=; got "
                 f"token={token}, patch={patch}, row={row}, col={col}, kind={kind!r}"
@@ -280,9 +282,9 @@ class TokenLayout:
                 f"a row over this layout has {self.num_tokens} values ({self.frames} × "
                 f"{self.tokens_per_frame}), got shape {tuple(row.shape)}"
             )
-        lead = tuple(row.shape[:-1])
-        framed = row.reshape(*lead, self.frames, self.tokens_per_frame)
-        return framed[..., self.num_special :].reshape(*lead, self.frames, *self.grid)
+        framed = rearrange(row, "... (s n) -> ... s n", s=self.frames)
+        patches = framed[..., self.num_special :]
+        return rearrange(patches, "... (rows cols) -> ... rows cols", rows=self.grid[0])
 
     # -- layouts of the sides of an attention ----------------------------------------------------
 
@@ -343,15 +345,6 @@ class TokenLayout:
         return layout_from_model(model, images)
 
     # -- helpers -------------------------------------------------------------------------------
-
-    def _checked(self, token: SupportsIndex) -> int:
-        number = operator.index(token)
-        if not 0 <= number < self.num_tokens:
-            raise LayoutError(
-                f"token {number} is outside 0…{self.num_tokens - 1} ({self.frames} frames of "
-                f"{self.tokens_per_frame} tokens); the last patch is {self.num_tokens - 1}"
-            )
-        return number
 
     def _within(self, name: str, value: SupportsIndex, size: int) -> int:
         number = operator.index(value)

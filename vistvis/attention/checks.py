@@ -33,15 +33,11 @@ def check_pair(query: Tensor, key: Tensor) -> None:
 
 
 def checked_scale(scale: Tensor, heads: int) -> Tensor:
-    if scale.numel() == 1:
-        scale = scale.reshape(1).expand(heads)
-    elif scale.numel() == heads:
-        scale = scale.reshape(heads)
-    else:
+    if scale.numel() not in (1, heads):
         raise InputError(
             f"scale is one number, or one for each of the {heads} heads, got {tuple(scale.shape)}"
         )
-    return scale
+    return scale.reshape(-1).expand(heads)
 
 
 def checked_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -75,15 +75,13 @@ class SiteInfo:
         for side in ("query_layout", "key_layout"):
             if fields.get(side):
                 fields[side] = TokenLayout.from_dict(fields[side])
-        if fields.get("window"):
-            window = fields["window"]
-            fields["window"] = WindowInfo(
-                tuple(window["grid"]),
-                tuple(window["window"]),
-                tuple(window["shift"]),
-                window["strided"],
-            )
         try:
+            if fields.get("window"):
+                window = fields["window"].items()
+                pairs: dict[str, Any] = {
+                    key: tuple(v) if isinstance(v, list) else v for key, v in window
+                }
+                fields["window"] = WindowInfo(**pairs)
             return cls(**fields)
         except TypeError as error:
             raise InputError(f"not a site description: {error}") from error

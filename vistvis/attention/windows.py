@@ -8,7 +8,7 @@ in it, and a row of weights finds its way back.
 from __future__ import annotations
 
 import operator
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from vistvis.attention import Attention
 from vistvis.attention.site import WindowInfo
 from vistvis.errors import IndexOutOfRange, InputError
 
+Index = TypeVar("Index", int, Tensor)
+
 
 def window_counts(info: WindowInfo) -> tuple[int, int]:
     """Windows down and across one picture."""
@@ -24,8 +26,11 @@ def window_counts(info: WindowInfo) -> tuple[int, int]:
     return -(-rows // height), -(-cols // width)
 
 
-def place_in_windows(info: WindowInfo, row: int, col: int) -> tuple[int, int]:
-    """`(window, token in window)` of a grid position, windows counted within one picture."""
+def place_in_windows(info: WindowInfo, row: Index, col: Index) -> tuple[Index, Index]:
+    """`(window, token in window)` of a grid position, windows counted within one picture.
+
+    Tensors of rows and columns that broadcast give tensors.
+    """
     down, across = window_counts(info)
     height, width = info.window
     if info.strided:
@@ -82,14 +87,9 @@ def stitch(
     window, query = place_in_windows(info, row, col)
     batch = picture * down * across + window
     weights = attention.rows([query], batch=batch, heads=heads)[0, :, 0]
-    places = [
-        (r, c, place)
-        for r in range(rows)
-        for c in range(cols)
-        for other, place in (place_in_windows(info, r, c),)
-        if other == window
-    ]
+    every_row, every_col = (torch.arange(n, device=weights.device) for n in info.grid)
+    windows, tokens = place_in_windows(info, every_row[:, None], every_col)
+    seen = windows == window
     out = weights.new_zeros(weights.shape[0], rows, cols)
-    where = torch.tensor(places, device=weights.device)
-    out[:, where[:, 0], where[:, 1]] = weights[:, where[:, 2]]
+    out[:, seen] = weights[:, tokens[seen]]
     return out
