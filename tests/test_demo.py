@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 import visualize_attention
-from vggt_adapter import demo
+from vggt_adapter import demo, preprocess
 from vggt_adapter.config import ViTConfig
 from vggt_adapter.demo import demo_visualize_token_attention
-from vggt_adapter.look import blocks_progress, load_model, sample_views, sharp_pictures
 from vggt_adapter.model import VGGT
 from vggt_adapter.preprocess import load_images
+from vggt_adapter.steps import blocks_progress, load_model, sample_views
 from vggt_adapter.values import get_attention_values
 from vistvis import VistvisWarning, cli
 from vistvis.errors import CheckpointError, IndexOutOfRange, InputError
@@ -184,7 +184,7 @@ def test_small_pictures_are_shown_sharp(mode: str, shape: tuple[int, int], tmp_p
     path = tmp_path / "smooth.png"
     Image.fromarray((picture * 255).astype(np.uint8)).save(path)
     loaded = load_images([path], size=SIZE, mode=mode)
-    sharp = sharp_pictures(loaded, mode=mode)
+    sharp = loaded.sharp()
     assert sharp is not None
     _, _, height, width = loaded.images.shape
     times = sharp.shape[2] // width
@@ -195,7 +195,29 @@ def test_small_pictures_are_shown_sharp(mode: str, shape: tuple[int, int], tmp_p
     difference = np.abs(means - small)
     assert np.median(difference) < 0.01
     assert np.abs(np.roll(means, 1, 1) - small).mean() > 2 * difference.mean()
-    assert sharp_pictures(load_images([path], size=518, mode=mode), mode=mode) is None
+    assert load_images([path], size=518, mode=mode).sharp() is None
+
+
+@pytest.mark.parametrize(("size", "patch_size"), [(64, 16), (84, 7), (63, 9)])
+def test_figures_are_sharp_at_any_patch_size(
+    size: int, patch_size: int, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = VGGT.from_config(
+        img_size=size,
+        patch_size=patch_size,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        patch_embed="conv",
+    )
+    decoded = []
+    read = preprocess._read
+    monkeypatch.setattr(preprocess, "_read", lambda *a, **k: decoded.append(a) or read(*a, **k))
+    figures, _ = look(photos, model.eval(), 12)
+    assert len(decoded) == len(photos)  # once each: the model's pictures and the sharp ones
+    for figure in figures.values():
+        shown = [image.get_array() for axes in figure.axes for image in axes.images]
+        assert min(picture.shape[1] for picture in shown if picture.ndim == 3) >= 500
 
 
 # -- the command ---------------------------------------------------------------------------------

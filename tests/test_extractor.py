@@ -519,7 +519,7 @@ def test_hooks_without_a_forward_pass(model: VGGT) -> None:
     extractor = AttentionExtractor(model).register_hooks(0)
     with pytest.raises(CaptureError, match="was not run"):
         extractor.get_attention_maps()
-    with pytest.raises(SiteError, match="frame_block_0, global_block_0"):
+    with pytest.raises(SiteError, match="'global_block_24': nearest: global_block_0"):
         extractor.captured["global_block_24"]
     extractor.clear_hooks()
 

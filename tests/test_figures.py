@@ -16,9 +16,10 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Circle, Rectangle
 from torch import Tensor
 
-from vggt_adapter.figures import NORMS, visualize_attention_on_image
+from vggt_adapter.figures import visualize_attention_on_image
 from vistvis import Attention, SiteInfo, TokenLayout
 from vistvis.errors import InputError
+from vistvis.views.painting import NORMS
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("camera", *("register",) * 4)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from vggt_adapter.look import sample_views
 from vggt_adapter.model import VGGT
+from vggt_adapter.steps import sample_views
 from vistvis import TokenLayout
 
 ROOT = Path(__file__).parents[1]

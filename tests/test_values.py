@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from laws import reference_weights
 from torch import Tensor
 
+from vggt_adapter.inputs import Query
 from vggt_adapter.values import get_attention_values, query_values, resolve_token
 from vistvis import Attention, SiteInfo, TokenLayout, VistvisWarning
 from vistvis.errors import IndexOutOfRange, InputError
@@ -221,7 +222,7 @@ def test_metadata_is_plain(images: Tensor) -> None:
 def test_the_strongest_patch_of_every_frame(images: Tensor) -> None:
     attention = make("global")
     weights = reference(attention)[0, 2, 30].reshape(S, P)[:, SPECIAL:]
-    matches = query_values(attention, images, 30, head_idx=2).matches
+    matches = query_values(attention, images, Query(30, head_idx=2)).matches
     assert [m.place.frame for m in matches] == [0, 1, 2]
     assert [m.place.patch for m in matches] == weights.argmax(1).tolist()
     np.testing.assert_allclose([m.weight for m in matches], weights.max(1), atol=1e-6)

@@ -8,18 +8,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from vggt_adapter.inputs import ATTENTION_TYPES, HEAD_REDUCTIONS, Head
-from vggt_adapter.look import (
-    DTYPES,
+from vggt_adapter.geometry import MODES
+from vggt_adapter.inputs import ATTENTION_TYPES, HEAD_REDUCTIONS, Head, Query
+from vggt_adapter.steps import (
     TINY,
-    Look,
+    Answer,
+    ask,
     choose_token,
     load_model,
     load_pictures,
-    look,
-    sharp_pictures,
     suggested,
 )
+from vistvis.devices import DTYPES
+from vistvis.views.painting import NORMS
 
 if TYPE_CHECKING:
     import os
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from vggt_adapter.look import Paths
     from vggt_adapter.preprocess import LoadedImages
+    from vggt_adapter.steps import Paths
     from vistvis import TokenPlace
     from vistvis.views.figures import NotebookFigure
 
@@ -98,20 +99,18 @@ def demo_visualize_token_attention(
     ready = load_model(model, device=device, dtype=dtype)
     loaded = load_pictures(image_paths, ready, size=size, mode=mode)
     place, requested = choose_token(ready, loaded, token_idx, allow_special=allow_special)
-    seen = look(
+    answer = ask(
         ready,
         loaded,
         place,
-        requested=requested,
+        Query(requested, head_idx, renormalize=renormalize),
         block_idx=block_idx,
-        head_idx=head_idx,
         attention_types=attention_types,
-        renormalize=renormalize,
     )
-    figures = seen.draw(norm=norm, pictures=sharp_pictures(loaded, mode=mode))
+    figures = answer.draw(norm=norm, pictures=loaded.sharp())
     if output_dir is not None:
-        seen.write(figures, output_dir)
-    return figures, seen.result
+        answer.write(figures, output_dir)
+    return figures, answer.result
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--norm",
-        choices=("linear", "log", "percentile"),
+        choices=NORMS,
         default="linear",
         help="colour scale (default: linear)",
     )
@@ -181,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--renormalize", action="store_true", help="weights over patches only, summing to 1"
     )
     parser.add_argument("--size", type=int, help="pixels of the pictures' width (default: model's)")
-    parser.add_argument("--mode", choices=("crop", "pad"), default="crop", help="how they are cut")
+    parser.add_argument("--mode", choices=MODES, default="crop", help="how they are cut")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")
     parser.add_argument(
@@ -205,28 +204,28 @@ def run(arguments: argparse.Namespace) -> int:
         pixel=arguments.pixel,
         allow_special=arguments.allow_special,
     )
-    seen = look(
+    head = suggested(model, "head", 0) if arguments.head is None else arguments.head
+    answer = ask(
         model,
         loaded,
         place,
-        requested=requested,
+        Query(requested, head, renormalize=arguments.renormalize),
         block_idx=suggested(model, "block", -1) if arguments.block is None else arguments.block,
-        head_idx=suggested(model, "head", 0) if arguments.head is None else arguments.head,
         attention_types=arguments.types,
-        renormalize=arguments.renormalize,
     )
-    figures = seen.draw(norm=arguments.norm, pictures=sharp_pictures(loaded, mode=arguments.mode))
-    written = seen.write(figures, arguments.out)
-    print("\n".join(report(seen, loaded, arguments.model, trained=getattr(model, "trained", True))))
+    figures = answer.draw(norm=arguments.norm, pictures=loaded.sharp())
+    written = answer.write(figures, arguments.out)
+    trained = getattr(model, "trained", True)
+    print("\n".join(report(answer, loaded, arguments.model, trained=trained)))
     print(f"\nwritten to {Path(arguments.out).resolve()}:")
     for path in written:
         print(f"  {path.name}")
     return 0
 
 
-def report(seen: Look, loaded: LoadedImages, name: str, *, trained: bool) -> list[str]:
-    """What the command prints about a look."""
-    first = next(iter(seen.values.values()))
+def report(answer: Answer, loaded: LoadedImages, name: str, *, trained: bool) -> list[str]:
+    """What the command prints."""
+    first = next(iter(answer.values.values()))
     layout, (height, width) = first.layout, first.layout.image_size
     lines = [f"model     {name}"]
     if not trained:
@@ -239,14 +238,14 @@ def report(seen: Look, loaded: LoadedImages, name: str, *, trained: bool) -> lis
         f"{layout.grid[1]} patches + {layout.num_special} special tokens each",
         f"query     {first.query}, in {Path(loaded.paths[first.query.frame]).name}",
     ]
-    for kind, values in seen.values.items():
+    for kind, values in answer.values.items():
         head = (
             f"head {values.head}"
             if isinstance(values.head, int)
             else f"{values.head} of {values.num_heads} heads"
         )
         mass = f": {100 * values.patch_mass:.1f} % of the weight lies on patches"
-        lines += ["", f"{kind} attention, block {seen.result['block_idx']}, {head}"]
+        lines += ["", f"{kind} attention, block {answer.result['block_idx']}, {head}"]
         lines[-1] += mass if values.head != "max" else ""
         lines.append("  frame  strongest match                       weight   frame's share")
         for match in values.matches:
@@ -266,10 +265,10 @@ def _where(place: TokenPlace, loaded: LoadedImages) -> str:
 
 def _pixel(text: str) -> tuple[int, float, float]:
     number = r"\s*(-?\d+(?:\.\d+)?)\s*"
-    found = re.fullmatch(rf"\s*(\d+)\s*:{number},{number}", text)
-    if found is None:
+    parts = re.fullmatch(rf"\s*(\d+)\s*:{number},{number}", text)
+    if parts is None:
         raise argparse.ArgumentTypeError(f"FRAME:X,Y is meant, for example 0:120,80; got {text!r}")
-    return int(found[1]), float(found[2]), float(found[3])
+    return int(parts[1]), float(parts[2]), float(parts[3])
 
 
 def _head(text: str) -> int | str:

@@ -1,28 +1,26 @@
 """Attention of VGGT's frame and global blocks, under the names that VGGT's users know.
 
 A thin naming layer over `vistvis.capture`: it finds the blocks, names them `frame_block_3` and
-`global_block_3`, works out from the pictures where each token lies, and returns the dicts of the
-earlier `visualize_attention.py`, with lazy weights in them.
+`global_block_3`, and returns the dicts of the earlier `visualize_attention.py`, with lazy weights.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from vggt_adapter.inputs import ATTENTION_TYPES, checked_types
 from vistvis.attention import Attention
 from vistvis.errors import CaptureError, InputError, SiteError
 from vistvis.hooks.capture import Capture, capture
+from vistvis.hooks.results import Sink
 from vistvis.models.sites import find_sites
 from vistvis.tokens import TokenLayout
-
-ATTENTION_TYPES = ("frame", "global")
 
 Maps: TypeAlias = dict[str, dict[str, Any]]
 
@@ -51,12 +49,13 @@ class AttentionExtractor:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.aggregator = find_aggregator(model)
-        self._captured: _Captured | None = None
+        self._capture: Capture | None = None
+        self._dense = False
 
     @property
     def num_blocks(self) -> int:
         """Pairs of a frame block and a global block."""
-        return min(len(_blocks(self.aggregator, kind)) for kind in ATTENTION_TYPES)
+        return _num_blocks(self.aggregator)
 
     def register_hooks(
         self,
@@ -67,7 +66,7 @@ class AttentionExtractor:
         accumulate: bool = False,
         keep: Literal["cpu"] | None = None,
         dense: bool = False,
-        sink: Callable[[str, Attention], None] | None = None,
+        sink: Sink | None = None,
     ) -> AttentionExtractor:
         """Watch blocks from the next forward pass on; earlier hooks of this extractor go first.
 
@@ -103,23 +102,17 @@ class AttentionExtractor:
         Cost: 1 to 3 % of a forward pass on a CPU, up to 5 % where hooks go on for each pass; memory
         of Q and K, `2 · B·S·P·C` numbers a block.
         """
-        kinds = _checked_types(attention_types)
-        names = site_names(self.aggregator, checked_blocks(self.aggregator, block_indices), kinds)
+        names = site_names(self.aggregator, block_indices, attention_types)
         self.clear_hooks()
-        self._captured = _Captured(
-            capture(
-                self.aggregator,
-                list(names),
-                rope=rope,
-                accumulate=accumulate,
-                keep=keep,
-                sink=None if sink is None else lambda site, found: sink(names[site], found),
-                layout=token_layout,
-                # Blocks go by the names users know, also once they are stored or drawn.
-                describe=lambda info: replace(info, name=names[info.name]),
-            ),
-            {name: site for site, name in names.items()},
-            dense=dense,
+        self._dense = dense
+        self._capture = capture(
+            self.aggregator,
+            list(names),
+            rope=rope,
+            accumulate=accumulate,
+            keep=keep,
+            sink=sink,
+            names=names,
         )
         return self
 
@@ -135,11 +128,14 @@ class AttentionExtractor:
             If no hooks were registered. Its items raise it if no forward pass has run since, or
             if what ran can't be read exactly.
         """
-        if self._captured is None:
+        return self._registered()
+
+    def _registered(self) -> Capture:
+        if self._capture is None:
             raise CaptureError(
                 "no hooks are registered: call register_hooks() and then model(images)"
             )
-        return self._captured
+        return self._capture
 
     def get_attention_maps(self) -> Maps:
         """What was captured, as dicts.
@@ -159,20 +155,18 @@ class AttentionExtractor:
         DenseLimitError
             With `dense=True`, if a matrix is larger than the limit.
         """
-        captured = self.captured
-        assert isinstance(captured, _Captured)
-        return {name: _entry(found, dense=captured.dense) for name, found in captured.items()}
+        return {
+            name: _entry(attention, dense=self._dense) for name, attention in self.captured.items()
+        }
 
     def report(self) -> str:
         """A table of the watched blocks: how often each ran, and what went wrong."""
-        captured = self.captured
-        assert isinstance(captured, _Captured)
-        return captured.capture.report()
+        return self._registered().report()
 
     def clear_hooks(self) -> None:
         """Take every hook off the model; what was captured stays readable."""
-        if self._captured is not None:
-            self._captured.capture.remove()
+        if self._capture is not None:
+            self._capture.remove()
 
     def __enter__(self) -> AttentionExtractor:
         return self
@@ -183,8 +177,8 @@ class AttentionExtractor:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._captured is not None:
-            self._captured.capture.__exit__(kind, error, traceback)
+        if self._capture is not None:
+            self._capture.__exit__(kind, error, traceback)
 
 
 def extract_both_attentions(
@@ -238,7 +232,7 @@ def extract_both_attentions(
         "frame_attention": maps[f"frame_block_{block}"],
         "global_attention": maps[f"global_block_{block}"],
         "block_idx": block,
-        "patch_start_idx": _patch_start(extractor.aggregator),
+        "patch_start_idx": TokenLayout.from_model(extractor.aggregator, images).patch_start_idx,
     }
 
 
@@ -263,53 +257,13 @@ def find_aggregator(model: nn.Module) -> nn.Module:
     )
 
 
-def token_layout(
-    aggregator: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> TokenLayout | None:
-    """Where each token of a forward pass lies, from the pictures that went in.
-
-    None where no argument is a batch of pictures: weights are exact all the same.
-    """
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim in (4, 5) and value.shape[-3] == 3:
-            frames, height, width = value.shape[-4], *value.shape[-2:]
-            size = _patch_size(aggregator)
-            grid = (height // size[0], width // size[1])
-            return TokenLayout(frames, grid, _special_kinds(aggregator), size)
-    return None
-
-
-class _Captured(Mapping[str, Attention]):
-    """A capture under block names, frame before global in every pair as the model runs them."""
-
-    def __init__(self, capture: Capture, sites: dict[str, str], *, dense: bool) -> None:
-        self.capture, self.sites, self.dense = capture, sites, dense
-
-    def __getitem__(self, name: str) -> Attention:
-        if name not in self.sites:
-            raise SiteError(f"no block {name!r} was watched: there are {', '.join(self.sites)}")
-        return self.capture[self.sites[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __contains__(self, name: object) -> bool:
-        return self.sites.get(str(name)) in self.capture
-
-    def __repr__(self) -> str:
-        return f"{', '.join(self.sites)} in {self.capture!r}"
-
-
-def _entry(found: Attention | list[Attention], *, dense: bool) -> dict[str, Any]:
-    passes = found if isinstance(found, list) else [found]
-    weights = [one.dense() if dense else one for one in passes]
+def _entry(captured: Attention | list[Attention], *, dense: bool) -> dict[str, Any]:
+    passes = captured if isinstance(captured, list) else [captured]
+    weights = [attention.dense() if dense else attention for attention in passes]
     site = passes[-1].site
     assert site is not None
     entry: dict[str, Any] = {
-        "attn_weights": weights if isinstance(found, list) else weights[0],
+        "attn_weights": weights if isinstance(captured, list) else weights[0],
         "layer_type": site.kind,
         "num_heads": passes[-1].num_heads,
         "num_tokens": passes[-1].shape[-1],
@@ -319,24 +273,19 @@ def _entry(found: Attention | list[Attention], *, dense: bool) -> dict[str, Any]
     return entry
 
 
-def _blocks(aggregator: nn.Module, kind: str) -> nn.ModuleList:
-    blocks = getattr(aggregator, f"{kind}_blocks")
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
-
-
-def _checked_types(attention_types: str | Sequence[str]) -> list[str]:
-    asked = [attention_types] if isinstance(attention_types, str) else list(attention_types)
-    wrong = [kind for kind in asked if kind not in ATTENTION_TYPES]
-    if wrong or not asked:
-        raise InputError(
-            f"attention types are {' and '.join(map(repr, ATTENTION_TYPES))}, got {asked!r}"
-        )
-    return [kind for kind in ATTENTION_TYPES if kind in asked]
+def _num_blocks(aggregator: nn.Module) -> int:
+    return min(len(getattr(aggregator, f"{kind}_blocks")) for kind in ATTENTION_TYPES)
 
 
 def checked_blocks(aggregator: nn.Module, indices: int | Iterable[int] | None) -> list[int]:
-    count = min(len(_blocks(aggregator, kind)) for kind in ATTENTION_TYPES)
+    """Block numbers from 0, in order; None: all.
+
+    Raises
+    ------
+    InputError
+        If one does not exist, or there are none.
+    """
+    count = _num_blocks(aggregator)
     if indices is None:
         return list(range(count))
     asked = [indices] if isinstance(indices, SupportsIndex) else list(indices)
@@ -349,8 +298,22 @@ def checked_blocks(aggregator: nn.Module, indices: int | Iterable[int] | None) -
     return sorted({number % count for number in numbers})
 
 
-def site_names(aggregator: nn.Module, blocks: list[int], kinds: list[str]) -> dict[str, str]:
-    """Dotted site name → block name, in the order in which the model runs them."""
+def site_names(
+    aggregator: nn.Module,
+    block_indices: int | Iterable[int] | None = None,
+    attention_types: str | Sequence[str] = ATTENTION_TYPES,
+) -> dict[str, str]:
+    """Dotted site name → block name, in the order in which the model runs them.
+
+    Raises
+    ------
+    InputError
+        If a block or an attention type does not exist.
+    SiteError
+        If a block has not exactly one attention module.
+    """
+    kinds = checked_types(attention_types)
+    blocks = checked_blocks(aggregator, block_indices)
     sites = find_sites(aggregator).names
     names = {}
     for block in blocks:
@@ -363,21 +326,3 @@ def site_names(aggregator: nn.Module, blocks: list[int], kinds: list[str]) -> di
                 )
             names[inside[0]] = f"{kind}_block_{block}"
     return names
-
-
-def _patch_size(aggregator: nn.Module) -> tuple[int, int]:
-    size = getattr(aggregator, "patch_size", 14)
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _patch_start(aggregator: nn.Module) -> int:
-    return int(getattr(aggregator, "patch_start_idx", len(_special_kinds(aggregator))))
-
-
-def _special_kinds(aggregator: nn.Module) -> tuple[str, ...]:
-    registers = getattr(aggregator, "register_token", None)
-    kinds = ["camera"] if hasattr(aggregator, "camera_token") else []
-    kinds += ["register"] * (registers.shape[2] if isinstance(registers, Tensor) else 0)
-    start = getattr(aggregator, "patch_start_idx", len(kinds))
-    # A fork with other special tokens: their number is what counts, their names are unknown.
-    return tuple(kinds) if start == len(kinds) else ("special",) * int(start)

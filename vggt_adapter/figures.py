@@ -9,23 +9,20 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
 
-from vggt_adapter.inputs import FloatArray, Head, Images, Weights
+from vggt_adapter.inputs import FloatArray, Head, Images, Query, Weights
 from vggt_adapter.values import Match, QueryValues, query_values
-from vistvis.errors import InputError
+from vistvis.views.figures import NotebookFigure
+from vistvis.views.painting import colourise, normalizer, resize
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-
-    from vistvis.views.figures import NotebookFigure
-
-NORMS = ("linear", "log", "percentile")
 DPI = 150
 
 # Inches.
@@ -94,19 +91,18 @@ batch_idx, patch_size, renormalize, allow_special
     InputError, IndexOutOfRange
         As `get_attention_values`; also for an unknown `norm`.
     """
-    values = query_values(
-        attn_weights,
-        images,
+    query = Query(
         token_idx,
-        head_idx=head_idx,
-        patch_start_idx=patch_start_idx,
-        attention_type=attention_type,
-        frame_idx=frame_idx,
-        batch_idx=batch_idx,
-        patch_size=patch_size,
-        renormalize=renormalize,
-        allow_special=allow_special,
+        head_idx,
+        patch_start_idx,
+        attention_type,
+        frame_idx,
+        batch_idx,
+        patch_size,
+        renormalize,
+        allow_special,
     )
+    values = query_values(attn_weights, images, query)
     figure = draw_values(values, norm=norm, cmap=cmap, block_idx=block_idx)
     if save_path is not None:
         figure.save(save_path)
@@ -126,22 +122,18 @@ def draw_values(
     `pictures` are what is shown in place of `values.images`: the same view of every frame, with
     more pixels, `(S, k·H, k·W, 3)` in [0, 1].
     """
-    if norm not in NORMS:
-        raise InputError(f"norm is one of {', '.join(map(repr, NORMS))}, got {norm!r}")
-    from vistvis.views.painting import normalizer
-
     # The scale comes from the maps, not from the resized ones: resizing softens the peaks.
     scale = normalizer(values.maps, norm=norm)
     shown = values.images if pictures is None else pictures
-    look = _Look(values, shown, scale, norm, cmap, _title_lines(values, block_idx))
-    return _draw_frame(look) if values.attention_type == "frame" else _draw_global(look)
+    drawing = _Drawing(values, shown, scale, norm, cmap, _title_lines(values, block_idx))
+    return _draw_frame(drawing) if values.attention_type == "frame" else _draw_global(drawing)
 
 
 # -- the two figures -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class _Look:
+class _Drawing:
     """What is drawn, and how."""
 
     values: QueryValues
@@ -156,25 +148,27 @@ class _Look:
         height, width = self.values.layout.image_size
         return height / width
 
-    def picture(self, axes: Axes, frame: int) -> None:
-        self._show(axes, self.pictures[frame] * 255)
+    def frame(self, picture: Axes, heatmap: Axes, match: Match) -> None:
+        """The picture and the heatmap of the frame in which `match` lies, with their marks."""
+        number = match.place.frame
+        self._show(picture, self.pictures[number] * 255)
+        self._show(heatmap, self._heat(number))
+        for axes in (picture, heatmap):
+            _mark_match(axes, self.values, match)
+            if number == self.values.query.frame:
+                _mark_query(axes, self.values)
+        _note(heatmap, match, self.values)
 
-    def heatmap(self, axes: Axes, frame: int) -> None:
+    def _heat(self, frame: int) -> FloatArray:
         """Weights in colour; where they are dark the picture shines through, faint and grey."""
-        from vistvis.views.painting import colourise, resize
-
         picture = self.pictures[frame]
         # One frame at a time: all of them at full size are not needed at once.
         weights = resize(self.values.maps[self.values.frames.index(frame)], picture.shape[:2])
         heat = colourise(weights, cmap=self.cmap, normalizer=self.scale).astype(np.float32)
         grey = picture @ np.array(_LUMA, np.float32)
         # "Screen": bright colours, which carry the message, stay as the colour bar has them.
-        self._show(axes, heat + (255 - heat) * (_BACKDROP * grey[..., None]))
-
-    def colours(self) -> ScalarMappable:
-        from matplotlib.cm import ScalarMappable
-
-        return ScalarMappable(norm=self.scale, cmap=self.cmap)
+        screened: FloatArray = heat + (255 - heat) * (_BACKDROP * grey[..., None])
+        return screened
 
     def _show(self, axes: Axes, levels: FloatArray) -> None:
         height, width = self.values.layout.image_size
@@ -186,44 +180,35 @@ class _Look:
             extent=(-0.5, width - 0.5, height - 0.5, -0.5),
         )
 
+    def colours(self) -> ScalarMappable:
+        return ScalarMappable(norm=self.scale, cmap=self.cmap)
 
-def _draw_frame(look: _Look) -> NotebookFigure:
-    plan = _Plan.of(columns=2, rows=1, aspect=look.aspect, heat_below=False)
-    figure = plan.figure(look.lines)
-    picture, heat = plan.axes(figure, 0, 0), plan.axes(figure, 0, 1)
-    frame, (match,) = look.values.query.frame, look.values.matches
-    look.picture(picture, frame)
-    look.heatmap(heat, frame)
-    _panel_title(picture, f"frame {frame}")
-    _panel_title(heat, "attention within the frame")
-    for axes in (picture, heat):
-        _mark_match(axes, look.values, match)
-        _mark_query(axes, look.values)
-    _note(heat, match, look.values)
-    plan.colour_bar(figure, look.colours(), look.norm)
+
+def _draw_frame(drawing: _Drawing) -> NotebookFigure:
+    plan = _Plan.of(columns=2, rows=1, aspect=drawing.aspect, heat_below=False)
+    figure = plan.figure(drawing.lines)
+    picture, heatmap = plan.axes(figure, 0, 0), plan.axes(figure, 0, 1)
+    (match,) = drawing.values.matches
+    drawing.frame(picture, heatmap, match)
+    _panel_title(picture, f"frame {match.place.frame}")
+    _panel_title(heatmap, "attention within the frame")
+    plan.colour_bar(figure, drawing.colours(), drawing.norm)
     return figure
 
 
-def _draw_global(look: _Look) -> NotebookFigure:
-    frames = look.values.layout.frames
+def _draw_global(drawing: _Drawing) -> NotebookFigure:
+    frames = drawing.values.layout.frames
     columns = frames if frames <= 4 else math.ceil(math.sqrt(1.5 * frames))
     rows = math.ceil(frames / columns)
-    plan = _Plan.of(columns=columns, rows=rows, aspect=look.aspect, heat_below=True)
-    figure = plan.figure(look.lines)
-    for frame, match in enumerate(look.values.matches):
+    plan = _Plan.of(columns=columns, rows=rows, aspect=drawing.aspect, heat_below=True)
+    figure = plan.figure(drawing.lines)
+    for frame, match in enumerate(drawing.values.matches):
         row, column = divmod(frame, columns)
         picture = plan.axes(figure, row, column)
-        heat = plan.axes(figure, row, column, below=True)
-        look.picture(picture, frame)
-        look.heatmap(heat, frame)
-        mine = frame == look.values.query.frame
+        drawing.frame(picture, plan.axes(figure, row, column, below=True), match)
+        mine = frame == drawing.values.query.frame
         _panel_title(picture, f"frame {frame} · query" if mine else f"frame {frame}", strong=mine)
-        for axes in (picture, heat):
-            _mark_match(axes, look.values, match)
-            if mine:
-                _mark_query(axes, look.values)
-        _note(heat, match, look.values)
-    plan.colour_bar(figure, look.colours(), look.norm)
+    plan.colour_bar(figure, drawing.colours(), drawing.norm)
     return figure
 
 
@@ -272,8 +257,6 @@ class _Plan:
         return max(_SIDE, (self.size[0] - self.body[0] - _BAR_SPACE) / 2)
 
     def figure(self, lines: list[str]) -> NotebookFigure:
-        from vistvis.views.figures import NotebookFigure
-
         figure = NotebookFigure(figsize=self.size, dpi=DPI, facecolor="white")
         width, height = self.size
         top = height - 0.34
@@ -341,8 +324,6 @@ class _Plan:
 
 def _mark_query(axes: Axes, values: QueryValues) -> None:
     """Outline the query's patch; a special token has no place, so its whole frame is outlined."""
-    from matplotlib.patches import Rectangle
-
     height, width = values.layout.image_size
     x0, y0, x1, y1 = values.query.box or (0, 0, width, height)
     # The line runs just outside the patch, which stays to be seen, but not outside the picture; of
@@ -358,8 +339,6 @@ def _mark_query(axes: Axes, values: QueryValues) -> None:
 
 
 def _mark_match(axes: Axes, values: QueryValues, match: Match) -> None:
-    from matplotlib.patches import Circle
-
     if match.place == values.query:
         return  # its square says it all
     assert match.place.box is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -16,19 +16,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vggt_adapter.config import PATCH_SIZE
 from vistvis import Attention, TokenLayout
 from vistvis.errors import IndexOutOfRange, InputError
 
 ATTENTION_TYPES = ("frame", "global")
 HEAD_REDUCTIONS = ("mean", "max")
-# What plain tensors can't say about themselves: VGGT's numbers.
-PATCH_SIZE = 14
-PATCH_START = 5
+# What plain tensors can't say about themselves: VGGT's special tokens.
+SPECIAL = ("camera", *("register",) * 4)
 
 Weights: TypeAlias = "Attention | Tensor | NDArray[Any]"
 Images: TypeAlias = "Tensor | NDArray[Any]"
 Head: TypeAlias = "SupportsIndex | str"
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Query:
+    """Which row of an attention is meant, and how it is laid out; see `get_attention_values`."""
+
+    token_idx: SupportsIndex
+    head_idx: Head = 0
+    patch_start_idx: SupportsIndex | None = None
+    attention_type: str | None = None
+    frame_idx: SupportsIndex | None = None
+    batch_idx: SupportsIndex = 0
+    patch_size: int | tuple[int, int] | None = None
+    renormalize: bool = False
+    allow_special: bool = False
 
 
 def as_attention(weights: Any) -> Attention:
@@ -85,126 +100,119 @@ def images_shape(images: Images) -> tuple[int, int, int, int]:
     return int(batches), int(frames), int(shape[-2]), int(shape[-1])
 
 
-def pictures(images: Images, *, batch: int = 0) -> FloatArray:
-    """One batch of `images` as `(S, H, W, 3)` float32 in [0, 1].
+def layout_of(attention: Attention, size: tuple[int, int, int], query: Query) -> TokenLayout:
+    """The layout of all S frames, from the site where there is one, else from the pictures.
+
+    `size` is `(S, H, W)` of the pictures.
 
     Raises
     ------
     InputError
-        If the values are not those of a picture in [0, 1] (or uint8).
+        If pictures, query and site contradict each other.
     """
-    tensor = torch.as_tensor(images)
-    chosen = (tensor[batch] if tensor.ndim == 5 else tensor).detach().cpu()
-    if chosen.dtype == torch.uint8:
-        chosen = chosen.float() / 255
-    array: FloatArray = chosen.float().permute(0, 2, 3, 1).numpy()
-    low, high = float(array.min()), float(array.max())
-    # Bicubic resizing overshoots a little; anything beyond is another scale.
-    if not (low >= -0.5 and high <= 1.5):
-        raise InputError(
-            f"images are in [0, 1], got values {low:.3g} … {high:.3g}; divide by 255, or undo the "
-            "normalisation"
-        )
-    # Of eight frames a copy takes 26 MB; most pictures need none.
-    return np.clip(array, 0, 1) if low < 0 or high > 1 else array
-
-
-def layout_of(
-    attention: Attention,
-    size: tuple[int, int, int],
-    patch_start_idx: SupportsIndex | None,
-    patch_size: int | tuple[int, int] | None,
-) -> TokenLayout:
-    """The layout of all S frames, from the site where there is one, else from the pictures.
-
-    `size` is `(S, H, W)` of the pictures.
-    """
+    if attention.site is not None and attention.site.key_layout is not None:
+        return _layout_of_site(attention, attention.site.key_layout, size, query)
     frames, height, width = size
-    wanted: Any = patch_size  # an int or a pair; the layout takes either
-    known = attention.site.key_layout if attention.site else None
-    if known is not None:
-        layout = replace(known, frames=frames)
-        start = (
-            known.patch_start_idx if patch_start_idx is None else operator.index(patch_start_idx)
-        )
-        if start != known.patch_start_idx:
-            raise InputError(
-                f"patch_start_idx={start}, but {name_of(attention)} has {known.patch_start_idx} "
-                "special tokens per frame; leave patch_start_idx out"
-            )
-        if patch_size is not None and replace(known, patch_size=wanted) != known:
-            raise InputError(
-                f"patch_size={patch_size}, but {name_of(attention)} has patches of "
-                f"{known.patch_size}; leave patch_size out"
-            )
-        if known.image_size != (height, width):
-            raise InputError(
-                f"{name_of(attention)} saw pictures of {_size(*known.image_size)}, the images are "
-                f"{_size(height, width)}; pass the images that the model got"
-            )
-        whole = attention.site is not None and attention.site.kind == "global"
-        if whole and known.frames != frames:
-            raise InputError(
-                f"{name_of(attention)} saw {known.frames} frames, images has {frames}; pass the "
-                "images that the model got"
-            )
-        return layout
-    start = PATCH_START if patch_start_idx is None else operator.index(patch_start_idx)
+    start = len(SPECIAL)
+    if query.patch_start_idx is not None:
+        start = operator.index(query.patch_start_idx)
     if start < 0:
         raise InputError(f"patch_start_idx counts special tokens, got {start}")
-    special = ("camera", *("register",) * 4) if start == PATCH_START else ("special",) * start
-    one = TokenLayout(1, (1, 1), special, wanted or (PATCH_SIZE, PATCH_SIZE))
-    if height % one.patch_size[0] or width % one.patch_size[1]:
+    special = SPECIAL if start == len(SPECIAL) else ("special",) * start
+    patch: Any = query.patch_size or PATCH_SIZE  # an int or a pair; the layout takes either
+    layout = TokenLayout(frames, (1, 1), special, patch)
+    down, across = layout.patch_size
+    if height % down or width % across:
         raise InputError(
             f"pictures of {_size(height, width)} are no whole number of patches of "
-            f"{one.patch_size[0]}×{one.patch_size[1]} pixels; pass patch_size=, or the images that "
-            "the model got"
+            f"{down}×{across} pixels; pass patch_size=, or the images that the model got"
         )
-    return replace(
-        one, frames=frames, grid=(height // one.patch_size[0], width // one.patch_size[1])
-    )
+    return replace(layout, grid=(height // down, width // across))
 
 
-def type_of(attention: Attention, layout: TokenLayout, wanted: str | None) -> str:
-    """ "frame" or "global", checked against what the weights are."""
-    if wanted is not None and wanted not in ATTENTION_TYPES:
-        raise InputError(f"attention_type is 'frame' or 'global', got {wanted!r}")
-    tokens = attention.shape[-1]
+def _layout_of_site(
+    attention: Attention, layout: TokenLayout, size: tuple[int, int, int], query: Query
+) -> TokenLayout:
+    frames, height, width = size
+    name, start, patch = name_of(attention), query.patch_start_idx, query.patch_size
+    if start is not None and operator.index(start) != layout.patch_start_idx:
+        raise InputError(
+            f"patch_start_idx={start}, but {name} has {layout.patch_start_idx} special tokens per "
+            "frame; leave patch_start_idx out"
+        )
+    same: Any = patch
+    if patch is not None and replace(layout, patch_size=same) != layout:
+        raise InputError(
+            f"patch_size={patch}, but {name} has patches of {layout.patch_size}; leave patch_size "
+            "out"
+        )
+    if layout.image_size != (height, width):
+        raise InputError(
+            f"{name} saw pictures of {_size(*layout.image_size)}, the images are "
+            f"{_size(height, width)}; pass the images that the model got"
+        )
+    assert attention.site is not None
+    if attention.site.kind == "global" and layout.frames != frames:
+        raise InputError(
+            f"{name} saw {layout.frames} frames, images has {frames}; pass the images that the "
+            "model got"
+        )
+    return replace(layout, frames=frames)
+
+
+def kind_of(attention: Attention, layout: TokenLayout, attention_type: str | None) -> str:
+    """ "frame" or "global": `attention_type`, checked against what the weights are."""
+    if attention_type is not None and attention_type not in ATTENTION_TYPES:
+        raise InputError(f"attention_type is 'frame' or 'global', got {attention_type!r}")
+    name, tokens = name_of(attention), attention.shape[-1]
     one, whole = layout.tokens_per_frame, layout.num_tokens
-    said = attention.site.kind if attention.site else ""
-    if said and said not in (*ATTENTION_TYPES, "self"):
-        raise InputError(f"{name_of(attention)} is {said} attention, neither frame nor global")
-    is_a = said if said in ATTENTION_TYPES else ""
-    if not is_a:
-        if tokens == one == whole:
-            is_a = wanted or ("frame" if attention.shape[0] > 1 else "global")
-        elif tokens in (one, whole):
-            is_a = "frame" if tokens == one else "global"
-    expected = {"frame": one, "global": whole}.get(is_a)
-    if tokens != expected:
+    kind = attention.site.kind if attention.site else "self"
+    if kind not in (*ATTENTION_TYPES, "self"):
+        raise InputError(f"{name} is {kind} attention, neither frame nor global")
+    if kind == "self" and tokens == one == whole:
+        kind = attention_type or ("frame" if attention.shape[0] > 1 else "global")
+    elif kind == "self":
+        kind = "frame" if tokens == one else "global"
+    if tokens != (one if kind == "frame" else whole):
         raise InputError(
-            f"{name_of(attention)} has {tokens} tokens, which fits neither frame attention "
-            f"({one} = {layout.num_special} special + {layout.grid[0]}×{layout.grid[1]} patches) "
-            f"nor global attention of {layout.frames} frames ({whole}); pass the images that the "
-            "model got, and patch_size and patch_start_idx of that model"
+            f"{name} has {tokens} tokens, which fits neither frame attention ({one} = "
+            f"{layout.num_special} special + {layout.grid[0]}×{layout.grid[1]} patches) nor global "
+            f"attention of {layout.frames} frames ({whole}); pass the images that the model got, "
+            "and patch_size and patch_start_idx of that model"
         )
-    if wanted is not None and wanted != is_a:
-        here, there = ("one frame", "all frames") if is_a == "frame" else ("all frames", "one")
+    if attention_type is not None and attention_type != kind:
+        here, there = ("one frame", "all frames") if kind == "frame" else ("all frames", "one")
         raise InputError(
-            f"attention_type={wanted!r}, but {name_of(attention)} is {is_a} attention: {tokens} "
-            f"tokens are {here} of {one}, not {there}. Pass attention_type={is_a!r}, or "
-            f"result['{wanted}_attention']['attn_weights']"
+            f"attention_type={attention_type!r}, but {name} is {kind} attention: {tokens} tokens "
+            f"are {here} of {one}, not {there}. Pass attention_type={kind!r}, or "
+            f"result['{attention_type}_attention']['attn_weights']"
         )
-    return is_a
+    return kind
+
+
+def checked_types(attention_types: str | Sequence[str]) -> list[str]:
+    """The attention types that are asked for, frame first.
+
+    Raises
+    ------
+    InputError
+        If one does not exist, or there are none.
+    """
+    asked = [attention_types] if isinstance(attention_types, str) else list(attention_types)
+    if not asked or any(kind not in ATTENTION_TYPES for kind in asked):
+        raise InputError(
+            f"attention types are {' and '.join(map(repr, ATTENTION_TYPES))}, got {asked!r}"
+        )
+    return [kind for kind in ATTENTION_TYPES if kind in asked]
 
 
 def check_batches(attention: Attention, kind: str, batches: int, frames: int) -> None:
-    found = attention.shape[0]
+    held = attention.shape[0]
     expected = batches * frames if kind == "frame" else batches
-    if found != expected:
+    if held != expected:
         size = f"B·S = {batches}·{frames}" if kind == "frame" else f"B = {batches}"
         raise InputError(
-            f"{name_of(attention)} holds {found} in its batch dimension, images say {size}; pass "
+            f"{name_of(attention)} holds {held} in its batch dimension, images say {size}; pass "
             "images (B, S, 3, H, W) as the model got them, and the weights of all of them"
         )
 

@@ -190,8 +190,8 @@ def save_checkpoint(model: VGGT, file: str | Path, *, dtype: torch.dtype | None 
         for name, value in model.aggregator.state_dict().items()
     }
     metadata = {"format": "pt", METADATA_KEY: json.dumps(model.config.to_dict())}
-    with atomic_file(target) as file:
-        file.write(save(weights, metadata))
+    with atomic_file(target) as stream:
+        stream.write(save(weights, metadata))
     return target
 
 

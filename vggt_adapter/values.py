@@ -19,19 +19,21 @@ from vggt_adapter.inputs import (
     FloatArray,
     Head,
     Images,
+    Query,
     Weights,
     as_attention,
     check_batches,
     head_of,
     images_shape,
+    kind_of,
     layout_of,
     name_of,
-    pictures,
-    type_of,
     within,
 )
 from vistvis import Attention, SiteInfo, TokenLayout, TokenPlace
 from vistvis.errors import InputError, VistvisWarning
+from vistvis.images import to_unit
+from vistvis.views.painting import resize
 
 
 @dataclass(frozen=True)
@@ -103,19 +105,17 @@ class QueryValues:
     @cached_property
     def resized(self) -> FloatArray:
         """`(F, H, W)`: the maps at the size of the pictures, bilinear."""
-        from vistvis.views.painting import resize
-
         return resize(self.maps, size=self.layout.image_size)
 
     @cached_property
     def matches(self) -> tuple[Match, ...]:
         """The strongest patch of every frame shown."""
-        found = []
+        matches = []
         for frame, weights in zip(self.frames, self.maps, strict=True):
-            patch = int(weights.argmax())
-            place = self.layout.locate(self.layout.index(frame=frame, patch=patch))
-            found.append(Match(place, float(weights.max()), float(weights.sum())))
-        return tuple(found)
+            token = self.layout.index(frame=frame, patch=int(weights.argmax()))
+            place = self.layout.locate(token)
+            matches.append(Match(place, float(weights.max()), float(weights.sum())))
+        return tuple(matches)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -215,82 +215,67 @@ def get_attention_values(
 
     Cost: one row of each head asked for, `S·P·d` multiply-adds a head, and the resizing.
     """
-    return query_values(
-        attn_weights,
-        images,
+    query = Query(
         token_idx,
-        head_idx=head_idx,
-        patch_start_idx=patch_start_idx,
-        attention_type=attention_type,
-        frame_idx=frame_idx,
-        batch_idx=batch_idx,
-        patch_size=patch_size,
-        renormalize=renormalize,
-        allow_special=allow_special,
-    ).as_dict()
+        head_idx,
+        patch_start_idx,
+        attention_type,
+        frame_idx,
+        batch_idx,
+        patch_size,
+        renormalize,
+        allow_special,
+    )
+    return query_values(attn_weights, images, query).as_dict()
 
 
-def query_values(
-    attn_weights: Weights,
-    images: Images,
-    token_idx: SupportsIndex,
-    *,
-    head_idx: Head = 0,
-    patch_start_idx: SupportsIndex | None = None,
-    attention_type: str | None = None,
-    frame_idx: SupportsIndex | None = None,
-    batch_idx: SupportsIndex = 0,
-    patch_size: int | tuple[int, int] | None = None,
-    renormalize: bool = False,
-    allow_special: bool = False,
-) -> QueryValues:
+def query_values(attn_weights: Weights, images: Images, query: Query) -> QueryValues:
     """The same as `get_attention_values`, as an object that figures are drawn from."""
     attention = as_attention(attn_weights)
     batches, frames, height, width = images_shape(images)
-    layout = layout_of(attention, (frames, height, width), patch_start_idx, patch_size)
-    kind = type_of(attention, layout, attention_type)
+    layout = layout_of(attention, (frames, height, width), query)
+    kind = kind_of(attention, layout, query.attention_type)
     check_batches(attention, kind, batches, frames)
-    batch = within("batch_idx", batch_idx, batches)
+    batch = within("batch_idx", query.batch_idx, batches)
 
-    token = operator.index(token_idx)
+    token, special = operator.index(query.token_idx), query.allow_special
     if kind == "frame":
-        frame = within("frame_idx", 0 if frame_idx is None else frame_idx, frames)
-        inner = resolve_token(layout.frame_layout(), token, allow_special=allow_special, of=layout)
-        query = layout.locate(layout.index(frame=frame, token=inner.token))
+        frame = within("frame_idx", 0 if query.frame_idx is None else query.frame_idx, frames)
+        inner = resolve_token(layout.frame_layout(), token, allow_special=special, of=layout)
+        place = layout.locate(layout.index(frame=frame, token=inner.token))
         row, keys, at = inner.token, layout.frame_layout(), batch * frames + frame
     else:
-        query = resolve_token(layout, token, allow_special=allow_special)
-        if frame_idx is not None and operator.index(frame_idx) != query.frame:
+        place = resolve_token(layout, token, allow_special=special)
+        if query.frame_idx is not None and operator.index(query.frame_idx) != place.frame:
             raise InputError(
-                f"global attention counts tokens over all frames: token {query.token} lies in "
-                f"frame {query.frame}, not in frame_idx={frame_idx}. Leave frame_idx out, or take "
-                f"token_idx=frame_idx * {layout.tokens_per_frame} + token_in_frame"
+                f"global attention counts tokens over all frames: token {place.token} lies in "
+                f"frame {place.frame}, not in frame_idx={query.frame_idx}. Leave frame_idx out, or "
+                f"take token_idx=frame_idx * {layout.tokens_per_frame} + token_in_frame"
             )
-        row, keys, at = query.token, layout, batch
+        row, keys, at = place.token, layout, batch
 
-    head = head_of(head_idx, attention.shape[1])
-    weights = _row(attention, at, head, row)
-    maps: FloatArray = keys.maps(weights)
+    head = head_of(query.head_idx, attention.shape[1])
+    maps: FloatArray = keys.maps(_row(attention, at, head, row))
     mass = float(maps.sum(dtype=np.float64))
-    if renormalize:
+    if query.renormalize:
         if mass <= 0:
             raise InputError(
-                f"{query} gives no weight to any patch, so it can't be renormalised; "
+                f"{place} gives no weight to any patch, so it can't be renormalised; "
                 "leave renormalize=False"
             )
         maps = maps / mass
     return QueryValues(
         attention_type=kind,
         layout=layout,
-        query=query,
+        query=place,
         requested=token,
         maps=maps,
-        images=pictures(images, batch=batch),
+        images=to_unit(images[batch] if images.ndim == 5 else images),
         head=head,
         num_heads=int(attention.shape[1]),
         batch=batch,
         patch_mass=mass,
-        renormalized=renormalize,
+        renormalized=query.renormalize,
         site=attention.site,
     )
 

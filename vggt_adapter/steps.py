@@ -1,0 +1,223 @@
+"""The steps from photographs to what one token attends to: model, pictures, token, numbers, files.
+
+`vggt_adapter.demo` puts them together, as a function and as a command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from vggt_adapter.config import IMAGE_SIZE, PATCH_SIZE
+from vggt_adapter.extractor import extract_both_attentions, find_aggregator
+from vggt_adapter.inputs import ATTENTION_TYPES, FloatArray, Query, checked_types
+from vggt_adapter.model import VGGT
+from vggt_adapter.preprocess import LoadedImages, load_images
+from vggt_adapter.values import QueryValues, query_values, resolve_token
+from vistvis import TokenLayout, TokenPlace
+from vistvis.devices import device_of, dtype_of
+from vistvis.errors import InputError
+from vistvis.files import atomic_file
+from vistvis.progress import progress
+
+if TYPE_CHECKING:
+    from vistvis.views.figures import NotebookFigure
+
+Paths: TypeAlias = "Sequence[str | os.PathLike[str]]"
+
+TINY = "tiny"
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What one token attends to: numbers by attention type, and what was extracted."""
+
+    values: dict[str, QueryValues]
+    result: dict[str, Any]
+
+    def draw(
+        self, *, norm: str = "linear", pictures: FloatArray | None = None
+    ) -> dict[str, NotebookFigure]:
+        """The figures; `pictures` as `LoadedImages.sharp` gives them."""
+        from vggt_adapter.figures import draw_values
+
+        return {
+            kind: draw_values(values, norm=norm, pictures=pictures)
+            for kind, values in self.values.items()
+        }
+
+    def write(
+        self, figures: dict[str, NotebookFigure], folder: str | os.PathLike[str]
+    ) -> list[Path]:
+        """PNGs and `values.npz`; each file is whole or not there. Returns the paths."""
+        written = []
+        for kind, values in self.values.items():
+            block = self.result["block_idx"]
+            name = f"{kind}_block_{block}_head_{values.head}_token_{values.query.token}.png"
+            written.append(figures[kind].save(Path(folder) / name))
+        written.append(write_values(self.values, Path(folder) / "values.npz"))
+        return written
+
+
+def load_model(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> nn.Module:
+    """The model that is meant, on its device, in eval mode.
+
+    Raises
+    ------
+    InputError
+        For a device this machine does not have, or an unknown dtype.
+    CheckpointError
+        If the weights can't be had, or don't fit.
+    """
+    to_dtype = None if dtype is None else dtype_of(dtype)
+    if isinstance(model, nn.Module):  # stays where it is, unless a device is named
+        to_device = None if device is None else device_of(device)
+        return model.to(device=to_device, dtype=to_dtype).eval()
+    to_device = device_of(device)
+    if model == TINY:
+        return VGGT.tiny(device=to_device, dtype=to_dtype).eval()
+    return VGGT.from_pretrained(os.fspath(model), device=to_device, dtype=to_dtype).eval()
+
+
+def suggested(model: nn.Module, name: str, otherwise: Any) -> Any:
+    """What a model's description suggests to look at ("size", "block", "head")."""
+    return getattr(model, "default", {}).get(name, otherwise)
+
+
+def load_pictures(
+    paths: Paths | None, model: nn.Module, *, size: int | None = None, mode: str = "crop"
+) -> LoadedImages:
+    """Photographs as the model takes them; None: the sample views."""
+    chosen = sample_views() if paths is None else list(paths)
+    config = getattr(model, "config", None)
+    if size is None:
+        size = int(suggested(model, "size", getattr(config, "img_size", IMAGE_SIZE)))
+    patch_size = getattr(config, "patch_size", PATCH_SIZE)
+    return load_images(chosen, mode=mode, size=size, patch_size=patch_size)
+
+
+def sample_views() -> list[Path]:
+    """The three views that come with the package."""
+    folder = Path(__file__).parent / "samples"
+    return sorted(p for p in folder.iterdir() if p.suffix in (".jpg", ".png"))
+
+
+def choose_token(
+    model: nn.Module,
+    loaded: LoadedImages,
+    token_idx: SupportsIndex | None = None,
+    *,
+    pixel: tuple[int, float, float] | None = None,
+    allow_special: bool = False,
+) -> tuple[TokenPlace, int]:
+    """The query token: an absolute index, a pixel `(frame, x, y)` of an original photo, or neither
+    for the middle of frame 0. Before the forward pass, so that a slip costs no waiting.
+
+    Returns
+    -------
+    Its place, and the index that was asked for.
+
+    Raises
+    ------
+    InputError
+        If there is no such pixel, or it was cropped away.
+    """
+    layout = TokenLayout.from_model(find_aggregator(model), loaded.images)
+    if pixel is not None:
+        frame, x, y = pixel
+        if not 0 <= frame < layout.frames:
+            raise InputError(f"the pixel is one of frame {frame}: there are 0…{layout.frames - 1}")
+        token_idx = loaded.token_at(layout, frame, x, y)
+    elif token_idx is None:
+        token_idx = layout.center()
+    return resolve_token(layout, token_idx, allow_special=allow_special), int(token_idx)
+
+
+def ask(
+    model: nn.Module,
+    loaded: LoadedImages,
+    place: TokenPlace,
+    query: Query,
+    *,
+    block_idx: SupportsIndex,
+    attention_types: Sequence[str] | str = ATTENTION_TYPES,
+) -> Answer:
+    """Run the model once and compute what one token attends to.
+
+    Parameters
+    ----------
+    place
+        The token.
+    query
+        How to look at it; its `token_idx` is what was asked for, before it was moved to `place`.
+
+    Cost: one forward pass.
+    """
+    kinds = checked_types(attention_types)
+    images = loaded.images.to(next(model.parameters()))
+    with blocks_progress(model):
+        result = extract_both_attentions(model, images, block_idx=int(block_idx))
+    queries = {
+        "frame": replace(query, token_idx=place.token_in_frame, frame_idx=place.frame),
+        "global": replace(query, token_idx=place.token),
+    }
+    values = {}
+    for kind in kinds:
+        # What the token is has been settled.
+        settled = replace(queries[kind], attention_type=kind, allow_special=True)
+        weights = result[f"{kind}_attention"]["attn_weights"]
+        answered = query_values(weights, loaded.images, settled)
+        values[kind] = replace(answered, requested=int(query.token_idx))
+    return Answer(values, result)
+
+
+@contextmanager
+def blocks_progress(model: nn.Module) -> Iterator[None]:
+    """A bar over the blocks while the model runs, if that takes longer than two seconds."""
+    aggregator: Any = find_aggregator(model)
+    blocks = [
+        *getattr(getattr(aggregator, "patch_embed", None), "blocks", ()),
+        *aggregator.frame_blocks,
+        *aggregator.global_blocks,
+    ]
+    with progress(None, "running the model", unit="block", total=len(blocks), delay=2) as bar:
+        hooks = [block.register_forward_hook(lambda *_: bar.update() and None) for block in blocks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def write_values(values: dict[str, QueryValues], path: str | os.PathLike[str]) -> Path:
+    """The numbers of each attention type as one `.npz`, which numpy reads without pickle.
+
+    Holds `frame_attention_maps` `(rows, cols)`, `global_attention_maps` `(S, rows, cols)`, both
+    also `…_resized`, `images` `(S, H, W, 3)` as uint8, and `metadata`, a JSON text by type.
+    """
+    arrays: dict[str, Any] = {}
+    for kind, one in values.items():
+        numbers = one.as_dict()
+        arrays[f"{kind}_attention_maps"] = numbers["attention_maps"]
+        arrays[f"{kind}_attention_maps_resized"] = numbers["attention_maps_resized"]
+        arrays["images"] = (one.images * 255).round().astype(np.uint8)
+    arrays["metadata"] = np.array(json.dumps({k: one.metadata for k, one in values.items()}))
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target, sync=False) as file:
+        np.savez_compressed(file, **arrays)
+    return target
