@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vistvis.attention import Attention, SiteInfo
+from vistvis.attention import Attention, GivenWeights, SiteInfo
 
 # Which tensors a stored site has at least, and at most.
 HOLDINGS = {
@@ -30,17 +30,15 @@ def tensors_of(attention: Attention) -> tuple[dict[str, Tensor], dict[str, Any]]
     `(B, h, Nq, Nk)` and a `scale` `(h,)`, and the facts `scale` (None where it is a tensor) and
     `causal`; or `{"weights": (B, h, Nq, Nk)}` and no facts.
     """
-    if attention.weights is not None:
+    if isinstance(attention, GivenWeights):
         return {"weights": attention.weights}, {}
+    tensors = {"query": attention.query, "key": attention.key}
+    if attention.mask is not None:
+        tensors["mask"] = _unexpanded(attention.mask)
     scale = attention.scale
-    parts = {
-        "query": attention.query,
-        "key": attention.key,
-        "mask": None if attention.mask is None else _unexpanded(attention.mask),
-        "scale": scale if isinstance(scale, Tensor) else None,
-    }
+    if isinstance(scale, Tensor):
+        tensors["scale"] = scale
     number = None if isinstance(scale, Tensor) else float(scale)
-    tensors = {name: part for name, part in parts.items() if part is not None}
     return tensors, {"scale": number, "causal": attention.causal}
 
 

@@ -115,7 +115,7 @@ def write(value: Any, path: PathLike, *, max_bytes: int = DENSE_LIMIT) -> Path:
 def _contents(value: Any, path: Path) -> Contents:
     about: dict[str, str] = {}
     if isinstance(value, Attention):
-        value._check_unwritten()
+        value.check_unwritten()
         tensors, facts = tensors_of(value)
         if value.site is not None:
             facts["site"] = value.site.to_dict()

@@ -15,7 +15,7 @@ from vistvis.attention import Attention, SiteInfo
 from vistvis.errors import InputError, StoreError, VistvisError
 from vistvis.store.codec import HOLDINGS, attention_of
 from vistvis.store.folders import Folder
-from vistvis.store.tensors import DTYPES, Encoded, TensorRecord, checksum, tensors_in
+from vistvis.store.tensors import DTYPES, Encoded, TensorRecord, check_header, checksum, tensors_in
 from vistvis.tokens import TokenLayout
 
 FORMAT = "vistvis-run"
@@ -78,7 +78,7 @@ class FileRecord:
             return f"{where} is damaged: it has {size:,} bytes, and should have {self.nbytes:,}"
         try:
             if path := folder.local(self.file):
-                tensors_in(path, self.tensors, where)
+                check_header(path, self.tensors, where)
         except (StoreError, OSError) as error:
             return str(error)
         return None

@@ -12,6 +12,7 @@ a run is ever run as code, so a forged file gives wrong pictures at worst.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -134,32 +135,58 @@ def checksum(source: Path | bytes) -> tuple[int, int]:
     return size, crc
 
 
+def check_header(path: Path, records: Mapping[str, TensorRecord], where: str) -> None:
+    """StoreError, with `where` for the file, if it is no safetensors file or its header says other
+    tensors than `records`. No data is read."""
+    from safetensors import safe_open
+
+    # As if for numpy, which opens faster: torch would map the file.
+    with _damage_of(where), safe_open(path, framework="np") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        header = {n: TensorRecord(p.get_dtype(), tuple(p.get_shape())) for n, p in parts.items()}
+    _compare(header, records, where)
+
+
 def tensors_in(
     source: Path | bytes, records: Mapping[str, TensorRecord], where: str
 ) -> dict[str, Tensor]:
     """The tensors of a file, mapped (pages come from disk when they are touched), or of its bytes.
 
-    The mapping is private: writing into a tensor does not reach the file. StoreError, with `where`
-    for the file, if it is no safetensors file or its header says other tensors than `records`.
+    The mapping is private: writing into a tensor does not reach the file. StoreError as
+    `check_header`.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
     from safetensors.torch import load
 
-    try:
+    tensors: dict[str, Tensor]
+    with _damage_of(where):
         if isinstance(source, bytes):
             tensors = load(source)
         else:
             with safe_open(source, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _compare(_records(tensors), records, where)
+    return tensors
+
+
+@contextlib.contextmanager
+def _damage_of(where: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except SafetensorError as error:
         raise StoreError(f"{where} is damaged: {error}") from error
-    header = _records(tensors)
+
+
+def _compare(
+    header: Mapping[str, TensorRecord], records: Mapping[str, TensorRecord], where: str
+) -> None:
     if header != dict(records):
         raise StoreError(
             f"{where} is damaged: it should hold {_listed(records)}, its header says "
             f"{_listed(header)}"
         )
-    return tensors
 
 
 def _listed(records: Mapping[str, TensorRecord]) -> str:

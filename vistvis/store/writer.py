@@ -239,7 +239,7 @@ class RunWriter:
             del task
 
     def _add(self, name: str, attention: Attention, event: Any) -> None:
-        self._ledger.add(name, _on_host(attention, event), attention._check_unwritten)
+        self._ledger.add(name, _on_host(attention, event), attention.check_unwritten)
 
 
 def save_run(
