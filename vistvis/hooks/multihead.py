@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules import activation, transformer
 
@@ -118,34 +119,14 @@ class MultiheadReader:
         out = torch.bmm(first, second)
         if first is self._soft:
             self._soft = None
-            self._record(lambda: self._weights(first, second, out))
+            reader = KernelReader(self.keeping, self._heads)
+            self._record(lambda: reader.weights(first, second, out, source="module"))
         return out
 
-    def _weights(self, weights: Tensor, value: Tensor, out: Tensor) -> Reading:
-        def split(tensor: Tensor) -> Tensor:
-            return tensor.detach().view(-1, self._heads, *tensor.shape[1:])
-
-        kept = Attention.from_weights(keep(split(weights), None, self.keeping.device))
-        if not self.keeping.values:
-            return Reading(kept, "module")
-        return Reading(kept, "module", split(value), split(out))
-
-    def _native(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        embed_dim: int,
-        num_heads: int,
-        weight: Tensor,
-        bias: Tensor,
-        *rest: Any,
-    ) -> Any:
-        out = torch._native_multi_head_attention(
-            query, key, value, embed_dim, num_heads, weight, bias, *rest
-        )
-        mask, kind = rest[2], rest[5]
-        self._record(lambda: self._projected(query, weight, bias, num_heads, mask, kind))
+    def _native(self, *args: Any) -> Any:
+        out = torch._native_multi_head_attention(*args)
+        query, heads, weight, bias, mask, kind = args[0], *args[4:7], args[9], args[12]
+        self._record(lambda: self._projected(query, weight, bias, heads, mask, kind))
         return out
 
     def _encoder_layer(self, src: Tensor, width: int, heads: int, *rest: Any) -> Any:
@@ -178,8 +159,7 @@ class MultiheadReader:
             keys = _native_mask(mask, kind)
         width = x.shape[-1]
         both = F.linear(x, weight[: 2 * width], bias[: 2 * width])
-        parts = both.view(*both.shape[:2], 2, heads, width // heads)
-        query, key = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = rearrange(both, "b n (two h d) -> two b h n d", two=2, h=heads)
         device = self.keeping.device
         attention = Attention(
             query=keep(query, None, device),

@@ -154,15 +154,19 @@ class KernelReader:
         return Reading(attention, "kernel", value, fold(out).detach())
 
     def weights(
-        self, weights: Tensor, value: Tensor | None = None, output: Tensor | None = None
+        self,
+        weights: Tensor,
+        value: Tensor | None = None,
+        output: Tensor | None = None,
+        source: str = "softmax",
     ) -> Reading:
         """Weights `(…, Nq, Nk)` that eager code multiplies with its values."""
         fold = self._fold(weights)
         attention = Attention.from_weights(keep(fold(weights), None, self.keeping.device))
         if not self.keeping.values or value is None or output is None:
-            return Reading(attention, "softmax")
+            return Reading(attention, source)
         value = value.expand(*weights.shape[:-2], *value.shape[-2:])
-        return Reading(attention, "softmax", fold(value).detach(), fold(output).detach())
+        return Reading(attention, source, fold(value).detach(), fold(output).detach())
 
     def _fold(self, tensor: Tensor) -> Fold:
         return Fold.of(tuple(tensor.shape[:-2]), self.heads, self.batch, self.heads_at)
