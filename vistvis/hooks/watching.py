@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Watch:
             self._listen(layer, self._encoder_listener(modules[layer.self_attn]))
         self._listen(self._model, self._root_listener())
         for name in _entries(self._model):
-            self._listen(self._model, _eager(self._run_entry), name)
+            self._listen(self._model, _eager(partial(self._run_pass, entry=True)), name)
 
     def _listen(self, module: nn.Module, listener: Listener, method: str = "forward") -> None:
         # The undo comes first: an interrupt between the two leaves nothing behind.
@@ -117,7 +118,7 @@ class Watch:
             events.append(PassBegan(args, kwargs))
             return original(*args, **kwargs)
 
-        return _eager(self._run_root, compiled)
+        return _eager(partial(self._run_pass, entry=False), compiled)
 
     def _cutter_listener(self, site: Site, cutter: nn.Module) -> Listener:
         """On a block that cuts windows for a site: notes the grid that it cuts."""
@@ -146,21 +147,12 @@ class Watch:
 
     # -- passes ----------------------------------------------------------------------------------
 
-    def _run_root(self, original: Forward, args: Args, kwargs: Kwargs) -> Any:
-        if _recomputing() or self._state.depth > 0:
-            return original(*args, **kwargs)
-        return self._run_pass(original, args, kwargs)
-
-    def _run_entry(self, original: Forward, args: Args, kwargs: Kwargs) -> Any:
-        # An entry method that calls `forward` (say, a decoding loop) leaves passes to it.
-        if _recomputing() or self._state.depth > 0 or self._state.current is not None:
-            return original(*args, **kwargs)
-        return self._run_pass(original, args, kwargs, entry=True)
-
-    def _run_pass(
-        self, original: Forward, args: Args, kwargs: Kwargs, *, entry: bool = False
-    ) -> Any:
+    def _run_pass(self, original: Forward, args: Args, kwargs: Kwargs, *, entry: bool) -> Any:
         state, results = self._state, self._results
+        # An entry method that calls `forward` (say, a decoding loop) leaves passes to it.
+        inside = state.depth > 0 or (entry and state.current is not None)
+        if inside or _recomputing():
+            return original(*args, **kwargs)
         outer = state.current
         if outer is None:
             self.drain()  # what compiled passes noted before this one is not this one's
