@@ -214,11 +214,11 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         save_run({"site": made(SIZES[-1])}, base / "row")
         one_row(base / "row")
-        found = in_fresh_process(__file__, "memory", str(base / "row"))
+        memory = in_fresh_process(__file__, "memory", str(base / "row"))
         table(
             "memory of one row from a stored site",
             ["Q and K of the site", "of its own the process took"],
-            [[megabytes(found["held"]), megabytes(found["own"])]],
+            [[megabytes(memory["held"]), megabytes(memory["own"])]],
         )
         table(
             "storing all blocks while a VGGT-1B-shaped model runs (2 + 2 blocks, 3 frames of "

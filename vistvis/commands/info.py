@@ -93,10 +93,7 @@ def lines(stored: Run, *, checked: bool) -> list[str]:
     return [
         *(f"{key:<10}{value}" for key, value in head),
         "",
-        *(
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]])
-            for row in rows
-        ),
+        *("  ".join([*map(str.ljust, row, widths), row[3]]) for row in rows),
         *(f"{name}  MISSING" for name in stored.missing if name not in stored.damaged),
         *(f"{name}  DAMAGED: {problem}" for name, problem in stored.damaged.items()),
     ]
