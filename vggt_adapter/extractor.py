@@ -7,14 +7,13 @@ A thin naming layer over `vistvis.capture`: it finds the blocks, names them `fra
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from vggt_adapter.inputs import ATTENTION_TYPES, checked_types
+from vggt_adapter.inputs import ATTENTION_TYPES, checked_types, images_shape
 from vistvis.attention import Attention
 from vistvis.errors import CaptureError, InputError, SiteError
 from vistvis.hooks.capture import Capture, capture
@@ -117,7 +116,7 @@ class AttentionExtractor:
         return self
 
     @property
-    def captured(self) -> Mapping[str, Attention]:
+    def captured(self) -> Capture:
         """Block name → `Attention`, in model order: `frame_block_0`, `global_block_0`, …
 
         Stays readable after `clear_hooks`, until hooks are registered again.
@@ -128,9 +127,6 @@ class AttentionExtractor:
             If no hooks were registered. Its items raise it if no forward pass has run since, or
             if what ran can't be read exactly.
         """
-        return self._registered()
-
-    def _registered(self) -> Capture:
         if self._capture is None:
             raise CaptureError(
                 "no hooks are registered: call register_hooks() and then model(images)"
@@ -161,7 +157,7 @@ class AttentionExtractor:
 
     def report(self) -> str:
         """A table of the watched blocks: how often each ran, and what went wrong."""
-        return self._registered().report()
+        return self.captured.report()
 
     def clear_hooks(self) -> None:
         """Take every hook off the model; what was captured stays readable."""
@@ -171,12 +167,7 @@ class AttentionExtractor:
     def __enter__(self) -> AttentionExtractor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if self._capture is not None:
             self._capture.__exit__(kind, error, traceback)
 
@@ -217,11 +208,7 @@ def extract_both_attentions(
 
     Cost: one forward pass, and memory of Q and K of two blocks.
     """
-    if images.ndim not in (4, 5) or images.shape[-3] != 3:
-        raise InputError(
-            f"images are (S, 3, H, W) or (B, S, 3, H, W), got {tuple(images.shape)}; "
-            "load_and_preprocess_images makes them"
-        )
+    images_shape(images)
     with AttentionExtractor(model) as extractor:
         (block,) = checked_blocks(extractor.aggregator, block_idx)
         extractor.register_hooks(block, rope=rope, keep=keep, dense=dense)

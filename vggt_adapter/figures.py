@@ -26,6 +26,7 @@ from vistvis.views.painting import colourise, normalizer, resize
 DPI = 150
 
 # Inches.
+_HEAD = 1.05
 _SIDE = 0.3
 _PANEL_TITLE = 0.3
 _UNDER = 0.28
@@ -124,38 +125,42 @@ def draw_values(
     """
     # The scale comes from the maps, not from the resized ones: resizing softens the peaks.
     scale = normalizer(values.maps, norm=norm)
-    shown = values.images if pictures is None else pictures
-    drawing = _Drawing(values, shown, scale, norm, cmap, _title_lines(values, block_idx))
-    return _draw_frame(drawing) if values.attention_type == "frame" else _draw_global(drawing)
-
-
-# -- the two figures -----------------------------------------------------------------------------
+    drawing = _Drawing(values, values.images if pictures is None else pictures, scale, cmap)
+    plan = _Plan.of(values)
+    figure = plan.figure(_title_lines(values, block_idx))
+    for number, match in enumerate(values.matches):
+        row, column = divmod(number, plan.columns)
+        picture = plan.axes(figure, row, column)
+        if plan.heat_below:
+            heatmap = plan.axes(figure, row, column, below=True)
+        else:
+            heatmap = plan.axes(figure, row, column + 1)
+            _panel_title(heatmap, "attention within the frame")
+        drawing.frame(picture, heatmap, match)
+    plan.colour_bar(figure, ScalarMappable(norm=scale, cmap=cmap), norm)
+    return figure
 
 
 @dataclass(frozen=True, eq=False)
 class _Drawing:
-    """What is drawn, and how."""
+    """What the panels show, and in which colours."""
 
     values: QueryValues
     pictures: FloatArray
     scale: Normalize
-    norm: str
     cmap: str
-    lines: list[str]
-
-    @property
-    def aspect(self) -> float:
-        height, width = self.values.layout.image_size
-        return height / width
 
     def frame(self, picture: Axes, heatmap: Axes, match: Match) -> None:
         """The picture and the heatmap of the frame in which `match` lies, with their marks."""
-        number = match.place.frame
-        self._show(picture, self.pictures[number] * 255)
-        self._show(heatmap, self._heat(number))
+        frame = match.place.frame
+        mine = frame == self.values.query.frame
+        said = mine and self.values.attention_type == "global"
+        _panel_title(picture, f"frame {frame}" + " · query" * said, strong=said)
+        self._show(picture, self.pictures[frame] * 255)
+        self._show(heatmap, self._heat(frame))
         for axes in (picture, heatmap):
             _mark_match(axes, self.values, match)
-            if number == self.values.query.frame:
+            if mine:
                 _mark_query(axes, self.values)
         _note(heatmap, match, self.values)
 
@@ -180,44 +185,13 @@ class _Drawing:
             extent=(-0.5, width - 0.5, height - 0.5, -0.5),
         )
 
-    def colours(self) -> ScalarMappable:
-        return ScalarMappable(norm=self.scale, cmap=self.cmap)
-
-
-def _draw_frame(drawing: _Drawing) -> NotebookFigure:
-    plan = _Plan.of(columns=2, rows=1, aspect=drawing.aspect, heat_below=False)
-    figure = plan.figure(drawing.lines)
-    picture, heatmap = plan.axes(figure, 0, 0), plan.axes(figure, 0, 1)
-    (match,) = drawing.values.matches
-    drawing.frame(picture, heatmap, match)
-    _panel_title(picture, f"frame {match.place.frame}")
-    _panel_title(heatmap, "attention within the frame")
-    plan.colour_bar(figure, drawing.colours(), drawing.norm)
-    return figure
-
-
-def _draw_global(drawing: _Drawing) -> NotebookFigure:
-    frames = drawing.values.layout.frames
-    columns = frames if frames <= 4 else math.ceil(math.sqrt(1.5 * frames))
-    rows = math.ceil(frames / columns)
-    plan = _Plan.of(columns=columns, rows=rows, aspect=drawing.aspect, heat_below=True)
-    figure = plan.figure(drawing.lines)
-    for frame, match in enumerate(drawing.values.matches):
-        row, column = divmod(frame, columns)
-        picture = plan.axes(figure, row, column)
-        drawing.frame(picture, plan.axes(figure, row, column, below=True), match)
-        mine = frame == drawing.values.query.frame
-        _panel_title(picture, f"frame {frame} · query" if mine else f"frame {frame}", strong=mine)
-    plan.colour_bar(figure, drawing.colours(), drawing.norm)
-    return figure
-
 
 # -- where things go -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Panels in inches: `rows` groups of `columns` pictures, each with its heatmap below."""
+    """Panels in inches: `rows` groups of `columns` panels, or of pictures with heatmaps below."""
 
     columns: int
     rows: int
@@ -225,9 +199,16 @@ class _Plan:
     heat_below: bool
 
     @classmethod
-    def of(cls, *, columns: int, rows: int, aspect: float, heat_below: bool) -> _Plan:
-        width = min(_WIDEST, 12.4 / columns, _HIGHEST / aspect)
-        return cls(columns, rows, (width, width * aspect), heat_below)
+    def of(cls, values: QueryValues) -> _Plan:
+        """Global attention shows every frame, its heatmap below; frame attention one, beside."""
+        height, width = values.layout.image_size
+        frames, aspect = values.layout.frames, height / width
+        columns, rows = 2, 1
+        if values.attention_type == "global":
+            columns = frames if frames <= 4 else math.ceil(math.sqrt(1.5 * frames))
+            rows = math.ceil(frames / columns)
+        cell = min(_WIDEST, 12.4 / columns, _HIGHEST / aspect)
+        return cls(columns, rows, (cell, cell * aspect), values.attention_type == "global")
 
     @property
     def group(self) -> float:
@@ -245,11 +226,7 @@ class _Plan:
     @property
     def size(self) -> tuple[float, float]:
         width = max(_MIN_WIDTH, self.body[0] + 2 * _SIDE + _BAR_SPACE)
-        return width, self.head + self.body[1] + _SIDE / 2
-
-    @property
-    def head(self) -> float:
-        return 1.05
+        return width, _HEAD + self.body[1] + _SIDE / 2
 
     @property
     def left(self) -> float:
@@ -275,7 +252,7 @@ class _Plan:
     def axes(self, figure: Figure, row: int, column: int, *, below: bool = False) -> Axes:
         width, height = self.cell
         x = self.left + column * (width + _GAP)
-        y = self.head + row * (self.group + _GROUP_GAP) + _PANEL_TITLE
+        y = _HEAD + row * (self.group + _GROUP_GAP) + _PANEL_TITLE
         if below:
             y += height + _GAP
         axes = figure.add_axes(self._box(x, y, width, height))
@@ -289,7 +266,7 @@ class _Plan:
         """One bar for all heatmaps, beside them."""
         height = self.cell[1]
         x = self.left + self.body[0] + 0.18
-        y = self.head + _PANEL_TITLE
+        y = _HEAD + _PANEL_TITLE
         span = self.body[1] - _PANEL_TITLE - _UNDER
         if self.heat_below and self.rows == 1:
             y, span = y + height + _GAP, height

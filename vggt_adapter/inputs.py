@@ -1,7 +1,7 @@
 """What a caller hands in, checked against each other: weights, pictures, type, head, batch.
 
 Plain tensors say little about themselves; an `Attention` that was captured says everything. Either
-way the answer is one layout and one type, or an error that says which two things contradict.
+way the answer is one layout and one type, or an InputError that says which two things contradict.
 """
 
 from __future__ import annotations
@@ -47,13 +47,7 @@ class Query:
 
 
 def as_attention(weights: Any) -> Attention:
-    """Weights of any accepted kind as `Attention`, `(B, h, N, N)`, without copying them.
-
-    Raises
-    ------
-    InputError
-        If they are something else.
-    """
+    """Weights of any accepted kind as `Attention`, `(B, h, N, N)`, without copying them."""
     if isinstance(weights, Attention):
         attention = weights
     elif isinstance(weights, (Tensor, np.ndarray)):
@@ -83,13 +77,7 @@ def as_attention(weights: Any) -> Attention:
 
 
 def images_shape(images: Images) -> tuple[int, int, int, int]:
-    """`(B, S, H, W)` of pictures `(S, 3, H, W)` (B = 1) or `(B, S, 3, H, W)`.
-
-    Raises
-    ------
-    InputError
-        If they have another shape, or there are none.
-    """
+    """`(B, S, H, W)` of pictures `(S, 3, H, W)` (B = 1) or `(B, S, 3, H, W)`."""
     shape = tuple(getattr(images, "shape", ()))
     if len(shape) not in (4, 5) or shape[-3] != 3 or 0 in shape:
         raise InputError(
@@ -104,11 +92,6 @@ def layout_of(attention: Attention, size: tuple[int, int, int], query: Query) ->
     """The layout of all S frames, from the site where there is one, else from the pictures.
 
     `size` is `(S, H, W)` of the pictures.
-
-    Raises
-    ------
-    InputError
-        If pictures, query and site contradict each other.
     """
     if attention.site is not None and attention.site.key_layout is not None:
         return _layout_of_site(attention, attention.site.key_layout, size, query)
@@ -191,13 +174,7 @@ def kind_of(attention: Attention, layout: TokenLayout, attention_type: str | Non
 
 
 def checked_types(attention_types: str | Sequence[str]) -> list[str]:
-    """The attention types that are asked for, frame first.
-
-    Raises
-    ------
-    InputError
-        If one does not exist, or there are none.
-    """
+    """The attention types that are asked for, frame first."""
     asked = [attention_types] if isinstance(attention_types, str) else list(attention_types)
     if not asked or any(kind not in ATTENTION_TYPES for kind in asked):
         raise InputError(

@@ -180,18 +180,18 @@ def save_checkpoint(model: VGGT, file: str | Path, *, dtype: torch.dtype | None 
     InputError
         If the name does not end in `.safetensors`.
     """
-    from safetensors.torch import save
+    from vistvis.store.tensors import Encoded
 
     target = Path(file)
     if target.suffix != ".safetensors":
         raise InputError(f"weights are written as .safetensors, got {str(target)!r}; rename it")
     weights = {
-        f"aggregator.{name}": value.detach().to(device="cpu", dtype=dtype).contiguous()
+        f"aggregator.{name}": value.to(dtype=dtype)
         for name, value in model.aggregator.state_dict().items()
     }
     metadata = {"format": "pt", METADATA_KEY: json.dumps(model.config.to_dict())}
     with atomic_file(target) as stream:
-        stream.write(save(weights, metadata))
+        stream.writelines(Encoded(weights, metadata).pieces())
     return target
 
 
