@@ -282,10 +282,10 @@ def record_maps(folder: Path) -> None:
     resize, kept = overlay_attention._resize_attention, []
 
     def recording(grid: Any, size: Any) -> Any:
-        measured = resize(grid, size)
+        resized = resize(grid, size)
         if len(kept) < (HEADS + 1) * len(QUERIES):
-            kept.append((grid, measured))
-        return measured
+            kept.append((grid, resized))
+        return resized
 
     overlay_attention._resize_attention = recording
 
@@ -308,18 +308,18 @@ def large_file(folder: Path) -> None:
         print(f"\nno room for a file of {size / 1e9:.1f} GB twice: memory is not measured\n")
         return
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    measured = in_child(ROOT, "large", str(folder), str(tokens))
-    limit = "met" if measured["added"] <= LIMIT_PRIVATE else "MISSED"
+    used = in_child(ROOT, "large", str(folder), str(tokens))
+    limit = "met" if used["added"] <= LIMIT_PRIVATE else "MISSED"
     table(
-        f"overlay from a dense .pt file of {measured['bytes'] / 1e9:.2f} GB, every head and the mean",
+        f"overlay from a dense .pt file of {used['bytes'] / 1e9:.2f} GB, every head and the mean",
         ("private memory before", "largest during", "added", "bar: ≤ 150 MB", "seconds"),
         [
             (
-                megabytes(measured["before"]),
-                megabytes(measured["before"] + measured["added"]),
-                megabytes(measured["added"]),
+                megabytes(used["before"]),
+                megabytes(used["before"] + used["added"]),
+                megabytes(used["added"]),
                 limit,
-                f"{measured['seconds']:.1f}",
+                f"{used['seconds']:.1f}",
             )
         ],
     )

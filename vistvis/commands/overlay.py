@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vistvis.errors import InputError
+
+if TYPE_CHECKING:
+    from vistvis.decorators.paths import AttentionPath
+    from vistvis.store import Run
 
 HELP = "overlay stored attention on the pictures it belongs to"
 
@@ -67,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         metadata = StaticMetadata(*sizes)
     keys = arguments.key_frame or [str(arguments.query_frame)]
     written = run_overlay_for_reconstruction(
-        opened(arguments.source, arguments.attn_file, arguments.input_file),
+        _open(arguments),
         query_frame_idx=arguments.query_frame,
         query_idx=_numbers(arguments.query, "--query", "interactive"),
         key_frame_idx=_numbers(keys, "--key-frame", "all"),
@@ -87,22 +90,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def opened(source: str, attn_file: str, input_file: str) -> Any:
+def _open(arguments: argparse.Namespace) -> AttentionPath | Run:
     """A run, or the paths of stored layers."""
     from vistvis.decorators.paths import AttentionPath
     from vistvis.store import open_run
 
-    folder = Path(source).expanduser()
+    folder = Path(arguments.source).expanduser()
     if (folder / "attn").is_dir() and not (folder / "manifest.json").exists():
         full = folder.resolve()
-        return AttentionPath(
-            base_dir=str(full.parent),
-            experiment_name=full.name,
-            attn_filename=attn_file,
-            input_filename=input_file,
-        )
-    run: Mapping[str, Any] = open_run(source if "://" in source else str(folder))
-    return run
+        names = arguments.attn_file, arguments.input_file
+        return AttentionPath(str(full.parent), full.name, *names)
+    return open_run(arguments.source if "://" in arguments.source else str(folder))
 
 
 def _numbers(texts: list[str], name: str, word: str) -> Any:

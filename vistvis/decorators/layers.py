@@ -39,29 +39,25 @@ class Selection:
 class Layers(ABC):
     """Layers with their pictures and the layout of their tokens, wherever they are stored.
 
-    `names` are in stored order; `images` are uint8 `(S, H, W, 3)`, of the batch entry asked for.
+    `names` are in stored order, and `attention` gives what one of them has, lazily; `images` are
+    uint8 `(S, H, W, 3)`, of the batch entry asked for.
     """
 
     def __init__(
-        self, names: Sequence[Layer], images: Tensor, layout: TokenLayout, request: OverlayRequest
+        self,
+        names: Sequence[Layer],
+        attention: Callable[[Any], Attention],
+        images: Tensor,
+        layout: TokenLayout,
+        batch_idx: SupportsIndex,
     ) -> None:
-        self.names, self.layout = names, layout
-        self.batch = checked_index(request.batch_idx, images.shape[0], "batch_idx")
+        self.names, self.attention, self.layout = names, attention, layout
+        self.batch = checked_index(batch_idx, images.shape[0], "batch_idx")
         self.images = to_rgb(images[self.batch])
 
     @abstractmethod
-    def attention(self, layer: Layer) -> Attention:
-        """The attention of a layer, lazily."""
-
-    @abstractmethod
     def sides(self, layer: Layer, attention: Attention) -> tuple[TokenLayout, TokenLayout]:
-        """The layouts of its queries and of its keys: all frames, or one of them.
-
-        Raises
-        ------
-        LayoutError
-            If the numbers of tokens don't fit.
-        """
+        """The layouts of its queries and of its keys: all frames or one of them, or an error."""
 
     def chosen(self, layers: Sequence[Layer] | str | None) -> list[Layer]:
         """The layers that are asked for by number, name or glob, in stored order."""
@@ -112,16 +108,12 @@ class Layers(ABC):
 
 
 class StoredLayers(Layers):
-    """Layers as single files: `load` reads one, and `input_path` holds their pictures."""
+    """Layers as single files, and the file of their pictures."""
 
     def __init__(
-        self,
-        names: Sequence[Layer],
-        load: Callable[[Any], Attention],
-        input_path: PathLike,
-        request: OverlayRequest,
+        self, files: Mapping[Layer, PathLike], input_path: PathLike, request: OverlayRequest
     ) -> None:
-        self._load, self._cross = load, request.is_cross_attention
+        self._cross = request.is_cross_attention
         self._metadata = request.metadata or StaticMetadata.from_environment()
         images = read(input_path).one()
         if images.ndim != 5:
@@ -130,10 +122,10 @@ class StoredLayers(Layers):
                 "a single picture is images[None, None]"
             )
         _, frames, _, height, width = images.shape
-        super().__init__(names, images, self._metadata.layout(frames, (height, width)), request)
-
-    def attention(self, layer: Layer) -> Attention:
-        return self._load(layer)
+        layout = self._metadata.layout(frames, (height, width))
+        super().__init__(
+            list(files), lambda n: read_attention(files[n]), images, layout, request.batch_idx
+        )
 
     def sides(self, layer: Layer, attention: Attention) -> tuple[TokenLayout, TokenLayout]:
         one = self.layout.frame_layout()
@@ -155,7 +147,6 @@ class RunLayers(Layers):
     """Sites of a run, or of anything that maps names to `Attention` and has pictures."""
 
     def __init__(self, run: Mapping[str, Attention], request: OverlayRequest) -> None:
-        self._run = run
         images = getattr(run, "images", None)
         if images is None:
             raise InputError(
@@ -175,15 +166,13 @@ class RunLayers(Layers):
         self._own_layouts = request.metadata is None and not request.is_cross_attention
         if len(shape) == 4:  # frames of one scene; or, for a model of single pictures, a batch
             images = images[None] if layout.frames == shape[0] else images[:, None]
-        super().__init__(list(getattr(run, "sites", None) or run), images, layout, request)
+        names = list(getattr(run, "sites", None) or run)
+        super().__init__(names, run.__getitem__, images, layout, request.batch_idx)
         if len(self.images) != layout.frames:
             raise LayoutError(
                 f"the layout says {layout}, but there are pictures of shape {shape}; store what "
                 "the model saw"
             )
-
-    def attention(self, layer: Layer) -> Attention:
-        return self._run[str(layer)]
 
     def sides(self, layer: Layer, attention: Attention) -> tuple[TokenLayout, TokenLayout]:
         counts = attention.shape[2:]
@@ -208,17 +197,14 @@ class RunLayers(Layers):
 def open_layers(paths: AttentionPath | Mapping[str, Attention], request: OverlayRequest) -> Layers:
     """Stored layers or the sites of a run, as overlays take them."""
     if isinstance(paths, AttentionPath):
-        layers = paths.list_layers()
-        if not layers:
+        files: dict[Layer, PathLike] = {
+            layer: paths.attn_layer_file(layer) for layer in paths.list_layers()
+        }
+        if not files:
             raise StoreError(
                 f"no layers under {paths.attn_root}: there should be folders layer_0, layer_1, …"
             )
-        return StoredLayers(
-            layers,
-            lambda layer: read_attention(paths.attn_layer_file(layer)),
-            paths.input_layer_file(0),
-            request,
-        )
+        return StoredLayers(files, paths.input_layer_file(0), request)
     if not isinstance(paths, Mapping):
         raise InputError(
             "attention comes from an AttentionPath or a run; for a run's folder pass "

@@ -25,10 +25,9 @@ from vistvis.decorators.requests import Indices, OverlayRequest
 from vistvis.errors import InputError
 from vistvis.files import PathLike
 from vistvis.progress import progress as progress_bar
-from vistvis.store.formats import read_attention
 from vistvis.views.overlay_folder import Head, Layer, OverlayOutputPath
 from vistvis.views.painting import OverlayPainter, as_array, outline_query
-from vistvis.views.png import PngWriter
+from vistvis.views.png import write_pngs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -178,10 +177,9 @@ def overlay_query_to_frame_attention(
         cmap_name=cmap_name,
         eps=eps,
     )
-    attention = read_attention(attn_path)
-    stored = StoredLayers([0], lambda _: attention, input_path, request)
+    stored = StoredLayers({0: attn_path}, input_path, request)
     output = _OneFolder(os.fspath(output_path), query_output_path)
-    (files,) = _overlay(stored, [0], request, output, progress=False).values()
+    (files,) = _overlay(stored, stored.names, request, output, progress=False).values()
     return files
 
 
@@ -216,23 +214,21 @@ def _overlay(
         eps=request.eps,
     )
     results: dict[tuple[Layer, Head], list[str]] = {}
-    bar = progress_bar(layers, "overlays", shown=progress, unit="layer")
-    with PngWriter() as writer:
-        for layer in bar:
-            attention = stored.attention(layer)
-            heads = request.heads(attention.num_heads)
-            selection = stored.selection(layer, attention, query)
-            for head, maps in _maps(layer, attention, heads, selection).items():
-                results[layer, head] = []
-                for (token, frame), weights in zip(query.pairs, maps, strict=True):
-                    named = frame if query.key_frame_in_name else None
-                    path = Path(output.overlay_file(layer, head, token, named))
-                    writer.put(path, partial(painter.paint, weights, frame))
-                    results[layer, head].append(str(path))
-            writer.wait()
-        for token in query.tokens:
-            picture, box = stored.images[query.frame], _pixel_box(stored, token)
-            writer.put(Path(output.query_file(token)), partial(outline_query, picture, box))
+    for layer in progress_bar(layers, "overlays", shown=progress, unit="layer"):
+        attention = stored.attention(layer)
+        heads = request.heads(attention.num_heads)
+        selection = stored.selection(layer, attention, query)
+        paints = {}
+        for head, maps in _maps(layer, attention, heads, selection).items():
+            files = results[layer, head] = []
+            for (token, frame), weights in zip(query.pairs, maps, strict=True):
+                named = frame if query.key_frame_in_name else None
+                files.append(str(Path(output.overlay_file(layer, head, token, named))))
+                paints[files[-1]] = partial(painter.paint, weights, frame)
+        write_pngs(paints)
+    picture = stored.images[query.frame]
+    boxes = {output.query_file(token): _pixel_box(stored, token) for token in query.tokens}
+    write_pngs({file: partial(outline_query, picture, box) for file, box in boxes.items()})
     return results
 
 

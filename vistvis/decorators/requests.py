@@ -71,7 +71,11 @@ class OverlayRequest:
             name = "query_idx (a token within its frame)"
             tokens = _checked_indices(self.query_idx, layout.tokens_per_frame, name)
         elif self.query_idx == "interactive":
-            tokens = _picked_tokens(images[frame], layout, frame)
+            from vistvis.views.pick import pick_patches
+
+            tokens = tuple(pick_patches(images[frame], layout, title=f"frame {frame}"))
+            if not tokens:
+                raise InputError("no patch was chosen in the window, so there is no query to draw")
         else:
             raise InputError(
                 f'query_idx is a token, a list of them or "interactive", got {self.query_idx!r}'
@@ -119,12 +123,3 @@ def _checked_indices(values: Any, size: int, name: str) -> tuple[int, ...]:
 def _is_single(values: Any) -> bool:
     # Arrays and tensors have `__index__` too, which fails for all but single numbers.
     return isinstance(values, SupportsIndex) and getattr(values, "ndim", 0) == 0
-
-
-def _picked_tokens(picture: NDArray[np.uint8], layout: TokenLayout, frame: int) -> tuple[int, ...]:
-    from vistvis.views.pick import pick_patches
-
-    tokens = pick_patches(picture, layout, title=f"frame {frame}")
-    if not tokens:
-        raise InputError("no patch was chosen in the window, so there is no query to draw")
-    return tuple(tokens)

@@ -77,22 +77,11 @@ def outline_box(
     pad: float = 0.0,
     **style: Any,
 ) -> Rectangle:
-    """Outline a pixel box so that it shows on any picture: lines on wider lines.
+    """Outline a pixel box `(x0, y0, x1, y1)`, `x1` and `y1` exclusive, `pad` pixels around it.
 
-    Parameters
-    ----------
-    box
-        `(x0, y0, x1, y1)`, `x1` and `y1` exclusive.
-    strokes
-        `(colour, width in points)` from the lowest and widest to the uppermost.
-    pad
-        Pixels between the box and the outline.
-    style
-        Of the rectangle: `joinstyle`, `zorder`, `clip_on`, …
-
-    Returns
-    -------
-    The rectangle, one artist with all its lines.
+    `strokes` are `(colour, width in points)` from the widest, which lies lowest, to the narrowest,
+    so that one of them shows on any picture; `style` is the rectangle's (`joinstyle`, `zorder`, …).
+    Returns the rectangle: one artist with all its lines.
     """
     x0, y0, x1, y1 = box
     *under, (colour, width) = strokes
@@ -111,21 +100,13 @@ def heat_axes(
     heat: NDArray[np.float32],
     *,
     normalizer: Normalize,
+    image: NDArray[np.uint8],
     cmap: str | Colormap = "inferno",
-    image: NDArray[np.uint8] | None = None,
     alpha: float = 1.0,
     title: str | None = None,
 ) -> ScalarMappable:
-    """Show a map `(H, W)` in colour, over a picture where one is given.
-
-    Returns
-    -------
-    What `colour_bar` needs.
-    """
-    if image is not None:
-        image_axes(axes, image)
-    else:
-        alpha = 1.0
+    """Show a map `(H, W)` in colour over a picture; returns what `colour_bar` needs."""
+    image_axes(axes, image)
     heatmap = image_axes(axes, heat, title=title, cmap=cmap, norm=normalizer, alpha=alpha)
     if alpha == 1.0:
         return heatmap

@@ -193,21 +193,10 @@ def mix(under: NDArray[np.uint16], over: NDArray[np.uint16]) -> NDArray[np.uint8
 
 
 class OverlayPainter:
-    """Lays maps over pictures; pictures and colour table are weighted once for all overlays.
+    """Lays maps over the pictures `(H, W, 3)` of frames, which are weighted once for all overlays.
 
-    Parameters
-    ----------
-    pictures
-        uint8 `(H, W, 3)`, by the number of their frame.
-    alpha
-        Opacity of the colours.
-    eps
-        Of `stretch`: every map runs from its own minimum to its own maximum.
-
-    Raises
-    ------
-    InputError
-        For an opacity beyond 0…1, or a colour map that matplotlib does not have.
+    Every map runs from its own minimum to its own maximum, as `stretch` with `eps` has it; `alpha`
+    is the opacity of its colours, and an InputError where it is none.
     """
 
     def __init__(

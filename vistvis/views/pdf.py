@@ -198,11 +198,11 @@ def _write(table: _Table) -> Path:
             for row, layer in enumerate(table.layers):
                 boxes = [plan.box(row, column) for column in range(len(table.heads))]
                 pictures = pool.map(picture, table.files(layer), boxes)
-                for box, drawn in zip(boxes, pictures, strict=True):
-                    if drawn is None:
+                for box, jpeg in zip(boxes, pictures, strict=True):
+                    if jpeg is None:
                         page.gap(*box, "missing")
                     else:
-                        page.jpeg(*drawn)
+                        page.jpeg(*jpeg)
             page.close()
     except OSError as error:
         if isinstance(error, StoreError):
@@ -214,9 +214,9 @@ def _write(table: _Table) -> Path:
 def _head(page: PdfPage, plan: _Plan, table: _Table) -> None:
     x = _MARGIN
     if plan.thumbnail is not None:
-        picture = _jpeg(table.query_file, (x, _MARGIN, *plan.thumbnail), table.dpi)
-        if picture is not None:
-            page.jpeg(*picture)
+        jpeg = _jpeg(table.query_file, (x, _MARGIN, *plan.thumbnail), table.dpi)
+        if jpeg is not None:
+            page.jpeg(*jpeg)
         x += plan.thumbnail[0] + _LABEL
     page.text(table.title, x, _MARGIN + _TITLE, size=_TITLE, bold=True)
     page.text(table.subtitle, x, _MARGIN + 2.1 * _TITLE, size=0.6 * _TITLE, colour=QUIET)

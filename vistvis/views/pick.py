@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.collections import LineCollection
 from matplotlib.patheffects import withStroke
 
 from vistvis.errors import DisplayError
@@ -54,16 +53,17 @@ class PatchPicker:
     ) -> None:
         self.layout = layout.frame_layout()
         self.chosen: dict[int, tuple[Rectangle, Any]] = {}
-        self._title = title
         self._figure = figure
         height, width = image.shape[:2]
         self._cell = height / self.layout.grid[0], width / self.layout.grid[1]
         self.axes: Axes = figure.add_axes((0.02, 0.02, 0.96, 0.84))
         image_axes(self.axes, image)
         self._draw_grid(height, width)
-        self._head = figure.text(0.02, 0.975, "", va="top", fontsize=11, fontweight="bold")
-        self._list = figure.text(0.02, 0.925, "", va="top", fontsize=10, color="#444444")
-        self._refresh()
+        of = f" of {title}" if title else ""
+        what = f"Click the query patches{of}; close the window when done"
+        figure.text(0.02, 0.975, what, va="top", fontsize=11, fontweight="bold")
+        listing = self._listing()
+        self._list = figure.text(0.02, 0.925, listing, va="top", fontsize=10, color="#444444")
         figure.canvas.mpl_connect("button_press_event", self.on_click)
 
     @property
@@ -94,7 +94,7 @@ class PatchPicker:
             self.chosen[token] = self._outline(token)
         for number, (_, label) in enumerate(self.chosen.values(), 1):
             label.set_text(str(number))
-        self._refresh()
+        self._list.set_text(self._listing())
         self._figure.canvas.draw_idle()
 
     def _outline(self, token: int) -> tuple[Rectangle, Any]:
@@ -121,20 +121,11 @@ class PatchPicker:
 
     def _draw_grid(self, height: int, width: int) -> None:
         rows, cols = self.layout.grid
-        lines = [
-            ((-0.5, y - 0.5), (width - 0.5, y - 0.5)) for y in np.linspace(0, height, rows + 1)
-        ]
-        lines += [
-            ((x - 0.5, -0.5), (x - 0.5, height - 0.5)) for x in np.linspace(0, width, cols + 1)
-        ]
-        self.axes.add_collection(LineCollection(lines, colors="white", alpha=0.35, linewidths=0.6))
+        style: dict[str, Any] = {"colors": "white", "alpha": 0.35, "linewidths": 0.6}
+        self.axes.hlines(np.linspace(0, height, rows + 1) - 0.5, -0.5, width - 0.5, **style)
+        self.axes.vlines(np.linspace(0, width, cols + 1) - 0.5, -0.5, height - 0.5, **style)
 
-    def _refresh(self) -> None:
-        of = f" of {self._title}" if self._title else ""
-        self._head.set_text(f"Click the query patches{of}; close the window when done")
-        self._list.set_text(self._listed())
-
-    def _listed(self) -> str:
+    def _listing(self) -> str:
         if not self.chosen:
             return "none chosen yet · click again to take one away"
         tokens = self.tokens

@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,51 +86,33 @@ def _chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
 
-class PngWriter:
-    """Paints, encodes and writes in a few threads.
+def write_pngs(paints: Mapping[str, Callable[[], NDArray[np.uint8]]]) -> None:
+    """Paint, encode and write files in a few threads; folders are made where they are missing.
 
-    What goes wrong there is raised at `wait` or at the end: StoreError, if a picture can't be
-    written.
+    Parameters
+    ----------
+    paints
+        What makes the picture of each file; called once, so that few pictures are held at a time.
+
+    Raises
+    ------
+    StoreError
+        If a file can't be written.
     """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="vistvis-png")
-        self._pending: list[Future[None]] = []
-        self._folders: set[Path] = set()
-
-    def put(self, path: Path, paint: Callable[[], NDArray[np.uint8]]) -> None:
-        """Write what `paint` returns; the folder is made where it is missing."""
-        folder = path.parent
-        if folder not in self._folders:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                reason = error.strerror or error
-                raise StoreError(f"can't make the folder {folder}: {reason}") from error
-            self._folders.add(folder)
-        self._pending.append(self._pool.submit(_write, path, paint))
-
-    def wait(self) -> None:
-        """Until everything is written: whoever waits now and then has few pictures waiting."""
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
-
-    def __enter__(self) -> PngWriter:
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        try:
-            if error is None:
-                self.wait()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(_write, paints, paints.values()))  # raises what went wrong
 
 
-def _write(path: Path, paint: Callable[[], NDArray[np.uint8]]) -> None:
+def _write(path: str, paint: Callable[[], NDArray[np.uint8]]) -> None:
+    target = Path(path)
     data = encode_png(paint())
     try:
-        with atomic_file(path, sync=False) as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StoreError(f"can't make the folder {target.parent}: {reason}") from error
+    try:
+        with atomic_file(target, sync=False) as file:
             file.write(data)
     except OSError as error:
-        raise StoreError(f"can't write {path}: {error.strerror or error}") from error
+        raise StoreError(f"can't write {target}: {error.strerror or error}") from error
