@@ -25,8 +25,11 @@ DIMENSIONS = ("batch", "head", "query", "key")
 Taken: TypeAlias = slice | Tensor
 """A selection along one dimension: a slice with positive step, or a 1-D int64 tensor."""
 
+Box: TypeAlias = tuple[Taken, ...]
+"""A selection along each of (batch, heads, queries, keys), or of the first three of them: rows."""
+
 Block: TypeAlias = tuple[slice, slice, slice]
-"""Where a block lies in a selection: (batch, heads, queries)."""
+"""Where a block of rows lies among chosen (batch, heads, queries)."""
 
 ALL = slice(None)
 
@@ -35,9 +38,8 @@ ALL = slice(None)
 class Plan:
     """`dense[index] == dense[take][rest]`, where `take` selects along each dimension by itself."""
 
-    take: tuple[Taken, ...]
+    take: Box
     rest: tuple[Any, ...]
-    taken_shape: tuple[int, ...]
 
 
 def whole(value: SupportsIndex, size: int, name: str) -> int:
@@ -104,7 +106,7 @@ def plan(index: Any, shape: tuple[int, ...], device: torch.device) -> Plan:
             takes.append(unique)
             rest.append(inverse)
     takes += [ALL] * (len(shape) - len(takes))
-    return Plan(tuple(takes), tuple(rest), tuple(map(length, takes, shape)))
+    return Plan(tuple(takes), tuple(rest))
 
 
 def blocks(counts: Sequence[int], rows_at_once: int) -> list[Block]:

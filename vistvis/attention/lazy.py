@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from vistvis.attention import arithmetic
 from vistvis.attention.checks import bytes_text, check_pair, checked_mask, checked_scale, describe
-from vistvis.attention.indexing import ALL, Taken, take
+from vistvis.attention.indexing import ALL, Box, take
 from vistvis.attention.rows import LazyRows, Selection
 from vistvis.attention.site import SiteInfo
-from vistvis.errors import CaptureError, InputError
+from vistvis.errors import InputError
 from vistvis.progress import progress as bar
 
 
@@ -61,7 +61,6 @@ class Attention(LazyRows):
     The formula is Vaswani et al., "Attention Is All You Need", section 3.2.1.
     """
 
-    site: SiteInfo | None
     weights: Tensor | None = None
     _log_sum_exp: Tensor | None = None
 
@@ -98,24 +97,6 @@ class Attention(LazyRows):
         """
         return GivenWeights(weights, site=site)
 
-    def _setup(self, shape: Sequence[int], site: SiteInfo | None, *held: Tensor) -> None:
-        self.shape, self.site, self.device = torch.Size(shape), site, held[0].device
-        self.dtype = torch.float64 if held[0].dtype == torch.float64 else torch.float32
-        # Later code may write into what it handed to the kernel; then the weights would be wrong
-        # without a sign. Tensors made under inference_mode keep no version: capture copies those.
-        self._held = [(t, t._version) for t in held if not t.is_inference()]
-
-    # -- what it is ----------------------------------------------------------------------------
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held: Q, K, mask and, once computed, the log-sum-exp (or the weights)."""
-        return sum(t.numel() * t.element_size() for t in self._tensors())
-
-    @property
-    def num_heads(self) -> int:
-        return self.shape[1]
-
     @property
     def groups(self) -> int:
         """Query heads that share one key head; 1 without grouped heads."""
@@ -125,7 +106,7 @@ class Attention(LazyRows):
         batch, heads, queries, keys = self.shape
         parts = [repr(self.site.name)] if self.site else []
         parts.append(f"batch {batch}, heads {heads}, queries {queries}, keys {keys}")
-        parts.append(self._content())
+        parts.append(f"Q and K {self.query.dtype}" if self.weights is None else "given weights")
         if self.groups > 1:
             parts.append(f"{heads // self.groups} key heads")
         if self.causal:
@@ -136,33 +117,6 @@ class Attention(LazyRows):
             parts.append("WITHOUT rope")
         held, dense = bytes_text(self.nbytes), bytes_text(self._bytes_of(self.shape))
         return f"Attention({', '.join(parts)}; holds {held}, dense would be {dense})"
-
-    def _content(self) -> str:
-        return f"Q and K {self.query.dtype}"
-
-    def _name(self) -> str:
-        return f"site {self.site.name!r}" if self.site else "this attention"
-
-    def _tensors(self) -> list[Tensor]:
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
-
-    def check_unwritten(self) -> None:
-        """See that nobody wrote into the tensors since they were taken; whatever computes does so.
-
-        Raises
-        ------
-        CaptureError
-            If somebody did: the weights would be wrong.
-        """
-        for tensor, version in self._held:
-            if tensor._version != version:
-                raise CaptureError(
-                    f"the queries, keys or mask of {self._name()} were written into after they "
-                    "were taken, so its weights would be wrong; clone them first, or capture "
-                    'with keep="cpu"'
-                )
-
-    _check_unwritten = check_unwritten
 
     # -- making others -------------------------------------------------------------------------
 
@@ -226,7 +180,7 @@ class Attention(LazyRows):
             key = every_key[self._whole(keys, 3)].to(self.dtype)
             lse = self._log_sum_exp[batch, heads]
             return arithmetic.column(query.to(self.dtype), key, scale, lse).view(1, 1, -1, 1)
-        return self._block(*self._taken(batch, heads, None, keys))
+        return self._block(self._taken(batch, heads, None, keys))
 
     def log_sum_exp(self, *, progress: bool = False) -> Tensor:
         """log Σ exp(logits) of every row, `(B, h, Nq)`; −inf for a row without any key. Kept.
@@ -241,8 +195,8 @@ class Attention(LazyRows):
         self.check_unwritten()
         if self._log_sum_exp is not None:
             return self._log_sum_exp
-        of = functools.partial(torch.logsumexp, dim=-1)
-        values = self._by_blocks(of, self.shape[:3], ALL, ALL, ALL, progress=progress)
+        reduce = functools.partial(torch.logsumexp, dim=-1)
+        values = self._by_blocks(reduce, (ALL, ALL, ALL), self.shape[:3], progress)
         if not values.requires_grad:  # a kept graph would serve one backward pass only
             self._log_sum_exp = values
         return values
@@ -258,7 +212,7 @@ class Attention(LazyRows):
             For attention made from weights, which has no logits.
         """
         self.check_unwritten()
-        return self._logits(*self._taken(batch, heads, queries, None))
+        return self._logits(self._taken(batch, heads, queries, None))
 
     # -- how it is computed --------------------------------------------------------------------
 
@@ -273,8 +227,9 @@ class Attention(LazyRows):
         one = queries[self._whole(query, 2)].to(self.dtype)
         return arithmetic.row(one, key.to(self.dtype), scale)
 
-    def _logits(self, b: Taken, h: Taken, q: Taken, k: Taken) -> Tensor:
+    def _logits(self, box: Box) -> Tensor:
         """scale · Q Kᵀ + mask of a block, `(B', h', Q, K)`."""
+        b, h, q, k = box
         key_heads = h
         if self.groups > 1 and h != ALL:  # all heads: the groups are paired without copying keys
             key_heads = torch.arange(self.shape[1], device=self.device)[h] // self.groups
@@ -287,31 +242,28 @@ class Attention(LazyRows):
             rows, columns = take(tokens[: self.shape[2]], q), take(tokens[: self.shape[3]], k)
             masks.append(columns <= rows[:, None])
         if self.mask is not None:
-            masks.append(take(self.mask.expand(self.shape), b, h, q, k))
+            masks.append(take(self.mask.expand(self.shape), *box))
         return arithmetic.logits(query, key, scale, masks)
 
-    def _block(self, b: Taken, h: Taken, q: Taken, k: Taken) -> Tensor:
-        shape, masked = self._counts(b, h, q, k), self.mask is not None
+    def _block(self, box: Box) -> Tensor:
+        shape, masked, k = self._counts(box), self.mask is not None, box[3]
         if not (isinstance(k, slice) and k == ALL):
             # The log-sum-exp of all rows is kept; that of some costs as much as their weights.
             few = self._is_small(shape) or shape[:3] != self.shape[:3]
             if self._log_sum_exp is not None or not few:
-                logits, lse = self._logits(b, h, q, k), take(self.log_sum_exp(), b, h, q)
+                logits, lse = self._logits(box), take(self.log_sum_exp(), *box[:3])
                 return arithmetic.softmax_of_part(logits, lse, masked=masked)
 
         def weights(logits: Tensor) -> Tensor:
             return take(arithmetic.softmax(logits, masked=masked), ALL, ALL, ALL, k)
 
-        return self._by_blocks(weights, shape, b, h, q)
+        return self._by_blocks(weights, box[:3], shape)
 
     def _by_blocks(
         self,
         reduce: Callable[[Tensor], Tensor],
-        shape: Sequence[int],
-        b: Taken,
-        h: Taken,
-        q: Taken,
-        *,
+        rows: Box,
+        shape: tuple[int, ...],
         progress: bool = False,
     ) -> Tensor:
         """What `reduce` makes of the logits of whole rows, block by block into one buffer.
@@ -320,14 +272,13 @@ class Attention(LazyRows):
         """
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors())
         if graph or self._is_small(shape):
-            return reduce(self._logits(b, h, q, ALL))
+            return reduce(self._logits((*rows, ALL)))
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        parts = self._parts(b, h, q)
-        for index, (bs, hs, qs) in bar(parts, "log-sum-exp", shown=progress, delay=0.5):
-            out[index] = reduce(self._logits(bs, hs, qs, ALL))
+        for index, part in bar(self._parts(rows), "log-sum-exp", shown=progress, delay=0.5):
+            out[index] = reduce(self._logits((*part, ALL)))
         return out
 
-    def _is_small(self, shape: Sequence[int]) -> bool:
+    def _is_small(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape[:3]) <= arithmetic.rows_at_once(self.shape[3], self.dtype)
 
 
@@ -355,13 +306,10 @@ class GivenWeights(Attention):
         self.check_unwritten()
         return GivenWeights(self.weights.to(*args, **kwargs), site=self.site)
 
-    def _content(self) -> str:
-        return "given weights"
-
-    def _logits(self, *taken: Taken) -> Tensor:
+    def _logits(self, box: Box) -> Tensor:
         raise InputError(
             f"logits need queries and keys, and {self._name()} was made from weights alone"
         )
 
-    def _block(self, *taken: Taken) -> Tensor:
-        return take(self.weights, *taken).to(self.dtype)
+    def _block(self, box: Box) -> Tensor:
+        return take(self.weights, *box).to(self.dtype)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vistvis.attention import arithmetic, indexing
 from vistvis.attention.checks import bytes_text
-from vistvis.attention.indexing import ALL, Block, Taken
+from vistvis.attention.indexing import ALL, Block, Box
+from vistvis.attention.site import SiteInfo
 from vistvis.attention.tensorlike import TensorLike
-from vistvis.errors import DenseLimitError
+from vistvis.errors import CaptureError, DenseLimitError
 from vistvis.progress import progress as bar
 
 Selection: TypeAlias = "SupportsIndex | slice | Sequence[int] | Tensor | None"
@@ -24,22 +25,52 @@ DENSE_LIMIT = 2 * 2**30
 class LazyRows(TensorLike):
     """Weights `(B, h, Nq, Nk)` that a subclass computes where they are asked for."""
 
+    site: SiteInfo | None
     dtype: torch.dtype
-    """Of the weights: float32, or float64 where what they come from is."""
+    """Of the weights: float32, or float64 for float64 queries (or weights)."""
     device: torch.device
     # Whether single indices take the short way, `_one_row`.
     _plain: bool
 
-    def check_unwritten(self) -> None:
-        raise NotImplementedError
+    def _setup(self, shape: tuple[int, ...], site: SiteInfo | None, *held: Tensor) -> None:
+        self.shape, self.site, self.device = torch.Size(shape), site, held[0].device
+        self.dtype = torch.float64 if held[0].dtype == torch.float64 else torch.float32
+        # Later code may write into what it handed to the kernel; then the weights would be wrong
+        # without a sign. Tensors made under inference_mode keep no version: capture copies those.
+        self._held = [(t, t._version) for t in held if not t.is_inference()]
 
     def _one_row(self, batch: Any, head: Any, query: Any) -> Tensor:
         """One query's weights over all keys, `(Nk,)`."""
         raise NotImplementedError
 
-    def _block(self, b: Taken, h: Taken, q: Taken, k: Taken) -> Tensor:
+    def _block(self, box: Box) -> Tensor:
         """Weights `(B', h', Q, K)`; softmax goes over all keys, whatever `k` is."""
         raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: Q, K, mask and, once computed, the log-sum-exp (or the weights)."""
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    @property
+    def num_heads(self) -> int:
+        return self.shape[1]
+
+    def check_unwritten(self) -> None:
+        """See that nobody wrote into the tensors since they were taken; whatever computes does so.
+
+        Raises
+        ------
+        CaptureError
+            If somebody did: the weights would be wrong.
+        """
+        for tensor, version in self._held:
+            if tensor._version != version:
+                raise CaptureError(
+                    f"the queries, keys or mask of {self._name()} were written into after they "
+                    "were taken, so its weights would be wrong; clone them first, or capture "
+                    'with keep="cpu"'
+                )
 
     def rows(
         self, queries: Selection, *, batch: Selection = None, heads: Selection = None
@@ -62,7 +93,7 @@ class LazyRows(TensorLike):
         # One query of one head is what a click asks for.
         if self._is_plain(batch, heads, queries):
             return self._one_row(batch, heads, queries).view(1, 1, 1, -1)
-        return self._block(*self._taken(batch, heads, queries, None))
+        return self._block(self._taken(batch, heads, queries, None))
 
     def row_blocks(
         self,
@@ -95,10 +126,10 @@ class LazyRows(TensorLike):
         >>> for index, weights in attention.row_blocks():
         ...     entropy[index] = torch.special.entr(weights).sum(-1)
         """
-        parts = self._parts(*self._taken(batch, heads, queries), max_bytes=max_bytes)
-        for index, (b, h, q) in bar(parts, "rows of attention", shown=progress, delay=0.5):
+        parts = self._parts(self._taken(batch, heads, queries), max_bytes)
+        for index, part in bar(parts, "rows of attention", shown=progress, delay=0.5):
             self.check_unwritten()
-            yield index, self._block(b, h, q, ALL)
+            yield index, self._block((*part, ALL))
 
     def dense(self, *, max_bytes: int = DENSE_LIMIT) -> Tensor:
         """The whole matrix, `(B, h, Nq, Nk)`.
@@ -117,20 +148,21 @@ class LazyRows(TensorLike):
                 f"rows(queries), columns(keys), attention[batch, head, query] — or "
                 f"dense(max_bytes=…) if it does fit in memory"
             )
-        return self._block(ALL, ALL, ALL, ALL)
+        return self._block((ALL, ALL, ALL, ALL))
 
     def __getitem__(self, index: Any) -> Tensor:
         self.check_unwritten()
         if type(index) is tuple and len(index) == 3 and self._is_plain(*index):
             return self._one_row(*index)
         plan = indexing.plan(index, tuple(self.shape), self.device)
-        size = self._bytes_of(plan.taken_shape)
+        shape = self._counts(plan.take)
+        size = self._bytes_of(shape)
         if size > DENSE_LIMIT:
             raise DenseLimitError(
-                f"this index needs a block of {plan.taken_shape}, {bytes_text(size)}, more than "
-                f"the limit of {bytes_text(DENSE_LIMIT)}; take fewer queries, or loop over them"
+                f"this index needs a block of {shape}, {bytes_text(size)}, more than the "
+                f"limit of {bytes_text(DENSE_LIMIT)}; take fewer queries, or loop over them"
             )
-        return self._block(*plan.take)[plan.rest]
+        return self._block(plan.take)[plan.rest]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[b] for b in range(len(self)))
@@ -140,25 +172,29 @@ class LazyRows(TensorLike):
     def _is_plain(self, *numbers: Any) -> bool:
         return self._plain and all(type(number) is int for number in numbers)
 
+    def _name(self) -> str:
+        return f"site {self.site.name!r}" if self.site else "this attention"
+
+    def _tensors(self) -> list[Tensor]:
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
     def _whole(self, number: Any, dim: int) -> int:
         return indexing.whole(number, self.shape[dim], indexing.DIMENSIONS[dim])
 
-    def _taken(self, *selections: Selection) -> tuple[Taken, ...]:
+    def _taken(self, *selections: Selection) -> Box:
         dims = zip(selections, self.shape, indexing.DIMENSIONS, strict=False)
         return tuple(indexing.taken(one, size, name, self.device) for one, size, name in dims)
 
-    def _counts(self, *taken: Taken) -> tuple[int, ...]:
-        return tuple(map(indexing.length, taken, self.shape))
+    def _counts(self, box: Box) -> tuple[int, ...]:
+        return tuple(map(indexing.length, box, self.shape))
 
-    def _parts(
-        self, *rows: Taken, max_bytes: int | None = None
-    ) -> list[tuple[Block, tuple[Taken, ...]]]:
-        """Chosen (batch, heads, queries), cut into blocks: where each lies in them, and itself."""
+    def _parts(self, rows: Box, max_bytes: int | None = None) -> list[tuple[Block, Box]]:
+        """Chosen rows, cut into blocks: where each lies among them, and what it takes."""
         at_once = arithmetic.rows_at_once(self.shape[3], self.dtype, max_bytes)
         return [
             (index, tuple(map(indexing.part, rows, self.shape, index)))
-            for index in indexing.blocks(self._counts(*rows), at_once)
+            for index in indexing.blocks(self._counts(rows), at_once)
         ]
 
-    def _bytes_of(self, shape: Sequence[int]) -> int:
+    def _bytes_of(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) * self.dtype.itemsize
