@@ -59,6 +59,19 @@ def test_an_outline_surrounds_its_pixels() -> None:
     assert abs(green[1].max() - 210) <= 2
 
 
+def test_an_outline_has_its_strokes_one_on_the_other() -> None:
+    figure = NotebookFigure(figsize=(3, 2), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    image_axes(axes, IMAGE)
+    strokes = (("black", 18.0), ("white", 10.0), ("#ff0000", 4.0))
+    drawn = outline_box(axes, (10, 8, 20, 14), strokes=strokes, pad=1, joinstyle="miter")
+    assert drawn.get_bbox().extents == pytest.approx((8.5, 6.5, 20.5, 14.5))
+    assert axes.patches[:] == [drawn]
+    with Image.open(io.BytesIO(figure.png())) as picture:
+        across = [picture.convert("RGB").getpixel((90 + right, 110)) for right in (0, 4, 8, 20)]
+    assert across == [(255, 0, 0), (255, 255, 255), (0, 0, 0), (128, 128, 128)]
+
+
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_a_heatmap_has_a_labelled_bar_of_its_scale(alpha: float) -> None:
     heat = np.linspace(0, 0.4, 600, dtype=np.float32).reshape(20, 30)

@@ -180,18 +180,17 @@ class RunLayers(Layers):
         if self._own_layouts and attention.site is not None:
             query_side = attention.site.query_layout or query_side
             key_side = attention.site.key_layout or key_side
-        for count, side, what in zip(
-            counts, (query_side, key_side), ("queries", "keys"), strict=True
-        ):
+        sides = []
+        pairs = (("queries", query_side), ("keys", key_side))
+        for (what, side), count in zip(pairs, counts, strict=True):
             if side is None or side.num_tokens != count:
                 raise LayoutError(
                     f"{layer} has {count} {what}, but the layout says {self.layout}: "
                     f"{self.layout.tokens_per_frame} tokens each, {self.layout.num_tokens} in all; "
                     "leave it out with layers="
                 )
-        assert query_side is not None
-        assert key_side is not None
-        return query_side, key_side
+            sides.append(side)
+        return sides[0], sides[1]
 
 
 def open_layers(paths: AttentionPath | Mapping[str, Attention], request: OverlayRequest) -> Layers:

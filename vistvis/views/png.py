@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from einops import rearrange
 
 from vistvis.errors import InputError, StoreError
 from vistvis.files import atomic_file
@@ -65,7 +66,7 @@ def _filtered(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
     The mean is rounded down, and bytes outside the picture count as zero.
     """
-    lines = np.ascontiguousarray(image).reshape(len(image), -1)
+    lines = np.ascontiguousarray(rearrange(image, "line column channel -> line (column channel)"))
     result = np.empty((len(lines), lines.shape[1] + 1), np.uint8)
     result[:, 0] = _AVERAGE
     left = np.zeros_like(lines)
