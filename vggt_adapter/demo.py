@@ -171,10 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--types", type=_types, default=ATTENTION_TYPES, help="frame,global (default), or one"
     )
     parser.add_argument(
-        "--norm",
-        choices=NORMS,
-        default="linear",
-        help="colour scale (default: linear)",
+        "--norm", choices=NORMS, default="linear", help="colour scale (default: linear)"
     )
     parser.add_argument(
         "--renormalize", action="store_true", help="weights over patches only, summing to 1"
@@ -198,11 +195,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.images or None, model, size=arguments.size, mode=arguments.mode
     )
     place, requested = choose_token(
-        model,
-        loaded,
-        arguments.token,
-        pixel=arguments.pixel,
-        allow_special=arguments.allow_special,
+        model, loaded, arguments.token, pixel=arguments.pixel, allow_special=arguments.allow_special
     )
     head = suggested(model, "head", 0) if arguments.head is None else arguments.head
     answer = ask(
@@ -239,13 +232,9 @@ def report(answer: Answer, loaded: LoadedImages, name: str, *, trained: bool) ->
         f"query     {first.query}, in {Path(loaded.paths[first.query.frame]).name}",
     ]
     for kind, values in answer.values.items():
-        head = (
-            f"head {values.head}"
-            if isinstance(values.head, int)
-            else f"{values.head} of {values.num_heads} heads"
-        )
+        block = answer.result["block_idx"]
         mass = f": {100 * values.patch_mass:.1f} % of the weight lies on patches"
-        lines += ["", f"{kind} attention, block {answer.result['block_idx']}, {head}"]
+        lines += ["", f"{kind} attention, block {block}, {values.head_text}"]
         lines[-1] += mass if values.head != "max" else ""
         lines.append("  frame  strongest match                       weight   frame's share")
         for match in values.matches:

@@ -350,10 +350,7 @@ def _title_lines(values: QueryValues, block_idx: int | None) -> list[str]:
     title = [f"{values.attention_type.capitalize()} attention"]
     if block is not None:
         title.append(f"block {block}")
-    if isinstance(values.head, int):
-        title.append(f"head {values.head}")
-    else:
-        title.append(f"{values.head} of {values.num_heads} heads")
+    title.append(values.head_text)
     if site is not None and site.rope is False:
         title.append("taken before RoPE")
     place = values.query

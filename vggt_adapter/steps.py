@@ -58,14 +58,25 @@ class Answer:
     def write(
         self, figures: dict[str, NotebookFigure], folder: str | os.PathLike[str]
     ) -> list[Path]:
-        """PNGs and `values.npz`; each file is whole or not there. Returns the paths."""
-        written = []
+        """The figures as PNG, and the numbers as `values.npz`, which numpy reads without pickle.
+
+        That holds `frame_attention_maps` `(rows, cols)`, `global_attention_maps` `(S, rows, cols)`,
+        both also `…_resized`, `images` `(S, H, W, 3)` as uint8, and `metadata`, a JSON text by
+        attention type. Each file is whole or not there. Returns the paths.
+        """
+        written, arrays = [], {}
         for kind, values in self.values.items():
-            block = self.result["block_idx"]
+            block, numbers = self.result["block_idx"], values.as_dict()
             name = f"{kind}_block_{block}_head_{values.head}_token_{values.query.token}.png"
             written.append(figures[kind].save(Path(folder) / name))
-        written.append(write_values(self.values, Path(folder) / "values.npz"))
-        return written
+            arrays[f"{kind}_attention_maps"] = numbers["attention_maps"]
+            arrays[f"{kind}_attention_maps_resized"] = numbers["attention_maps_resized"]
+            arrays["images"] = (values.images * 255).round().astype(np.uint8)
+        metadata = {kind: values.metadata for kind, values in self.values.items()}
+        target = Path(folder) / "values.npz"
+        with atomic_file(target, sync=False) as file:
+            np.savez_compressed(file, **arrays, metadata=np.array(json.dumps(metadata)))
+        return [*written, target]
 
 
 def load_model(
@@ -201,23 +212,3 @@ def blocks_progress(model: nn.Module) -> Iterator[None]:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def write_values(values: dict[str, QueryValues], path: str | os.PathLike[str]) -> Path:
-    """The numbers of each attention type as one `.npz`, which numpy reads without pickle.
-
-    Holds `frame_attention_maps` `(rows, cols)`, `global_attention_maps` `(S, rows, cols)`, both
-    also `…_resized`, `images` `(S, H, W, 3)` as uint8, and `metadata`, a JSON text by type.
-    """
-    arrays: dict[str, Any] = {}
-    for kind, one in values.items():
-        numbers = one.as_dict()
-        arrays[f"{kind}_attention_maps"] = numbers["attention_maps"]
-        arrays[f"{kind}_attention_maps_resized"] = numbers["attention_maps_resized"]
-        arrays["images"] = (one.images * 255).round().astype(np.uint8)
-    arrays["metadata"] = np.array(json.dumps({k: one.metadata for k, one in values.items()}))
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target, sync=False) as file:
-        np.savez_compressed(file, **arrays)
-    return target

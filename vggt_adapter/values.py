@@ -102,6 +102,13 @@ class QueryValues:
         """The query as its attention counts: within its frame, or absolutely."""
         return self.query.token_in_frame if self.attention_type == "frame" else self.query.token
 
+    @property
+    def head_text(self) -> str:
+        """For people: "head 3", or "mean of 16 heads"."""
+        if isinstance(self.head, int):
+            return f"head {self.head}"
+        return f"{self.head} of {self.num_heads} heads"
+
     @cached_property
     def resized(self) -> FloatArray:
         """`(F, H, W)`: the maps at the size of the pictures, bilinear."""
