@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vggt_adapter.look import (
-    choose_token,
-    load_model,
-    load_pictures,
-    look,
-    sharp_pictures,
-    suggested,
-)
+from vggt_adapter.inputs import Query
+from vggt_adapter.steps import ask, choose_token, load_model, load_pictures, suggested
 
 FOLDER = Path(__file__).parent / "images"
 
@@ -21,8 +15,8 @@ def main() -> None:
     loaded = load_pictures(None, model)
     place, requested = choose_token(model, loaded)
     block, head = suggested(model, "block", -1), suggested(model, "head", 0)
-    seen = look(model, loaded, place, requested=requested, block_idx=block, head_idx=head)
-    for kind, figure in seen.draw(pictures=sharp_pictures(loaded)).items():
+    answer = ask(model, loaded, place, Query(requested, head), block_idx=block)
+    for kind, figure in answer.draw(pictures=loaded.sharp()).items():
         figure.save(FOLDER / f"demo_{kind}.jpg", dpi=110)
 
 
