@@ -1,7 +1,8 @@
 """Every check of this project, each a session: `nox -l` lists them, `nox -s tests` runs the tests.
 
 All sessions share one environment. torch alone takes gigabytes and minutes, and what the sessions
-need does not conflict, so an environment each would buy nothing.
+need does not conflict, so an environment each would buy nothing. Run from the development environment
+in `.venv` (`make install`, `uv run nox`), they use that one as it is.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ nox.options.sessions = ["lint", "types", "tests", "notebooks"]
 nox.needs_version = ">=2024.4.15"
 
 ROOT = Path(__file__).parent
-SHARED = ROOT / ".nox" / "shared"
+OWN = Path(sys.prefix) == ROOT / ".venv"
+SHARED = ROOT / ".venv" if OWN else ROOT / ".nox" / "shared"
 BIN = SHARED / ("Scripts" if os.name == "nt" else "bin")
 
 
 def environment(session: nox.Session) -> None:
     """Make the shared environment, or bring it up to date with pyproject.toml."""
+    if OWN:
+        return
     python = BIN / "python"
     if not python.exists():
         session.run(sys.executable, "-m", "venv", str(SHARED), external=True)
