@@ -1,8 +1,8 @@
 """Every check of this project, each a session: `nox -l` lists them, `nox -s tests` runs the tests.
 
 All sessions share one environment. torch alone takes gigabytes and minutes, and what the sessions
-need does not conflict, so an environment each would buy nothing. Run from the development environment
-in `.venv` (`make install`, `uv run nox`), they use that one as it is.
+need does not conflict, so an environment each would buy nothing. Run from the development
+environment in `.venv` (`make install`, `uv run nox`), they use that one as it is.
 """
 
 from __future__ import annotations
