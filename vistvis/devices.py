@@ -46,6 +46,5 @@ def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
         return dtype
     if dtype not in DTYPES:
         raise InputError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
-    found = getattr(torch, str(dtype))
-    assert isinstance(found, torch.dtype)
-    return found
+    named: torch.dtype = getattr(torch, str(dtype))
+    return named

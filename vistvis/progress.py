@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
-
-Step = TypeVar("Step")
+from typing import Any
 
 
 def progress(
-    steps: Iterable[Step] | None,
+    steps: Iterable[Any] | None,
     label: str,
     *,
     shown: bool | None = True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -171,21 +172,13 @@ def _plain(value: Any) -> Any:
     """`value` with ints in place of counters, at the top and in plain tuples, lists and dicts."""
     if isinstance(value, LayerCounter):
         return int(value)
-    if type(value) in (tuple, list):
-        return type(value)(_plain(item) for item in value) if _counts(value) else value
-    if type(value) is dict:
-        return {k: _plain(v) for k, v in value.items()} if _counts(value.values()) else value
-    return value
-
-
-def _counts(values: Any) -> bool:
-    """Whether a counter is among the values: what has none is passed through as it is."""
-    return any(
-        isinstance(v, LayerCounter)
-        or (type(v) in (tuple, list) and _counts(v))
-        or (type(v) is dict and _counts(v.values()))
-        for v in values
-    )
+    if type(value) not in (tuple, list, dict):
+        return value
+    items = list(value.values() if type(value) is dict else value)
+    plain = [_plain(item) for item in items]
+    if all(map(operator.is_, items, plain)):  # what has no counter is passed through as it is
+        return value
+    return dict(zip(value, plain, strict=True)) if type(value) is dict else type(value)(plain)
 
 
 def _name(function: Callable[..., Any]) -> str:

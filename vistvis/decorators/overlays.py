@@ -1,16 +1,15 @@
 """Where stored queries look: one overlay for every layer, head, query and key frame.
 
-Stored layers (`AttentionPath`) and stored runs (`open_run`) go through the same steps: find the
-pictures and the token layout, take the rows that are asked for, turn each into a map, lay the map
-over the picture. Only those rows are read or computed.
+Only the rows that are asked for are read or computed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex
 
@@ -67,11 +66,9 @@ def run_overlay_for_reconstruction(
         An `AttentionPath`, a run from `open_run`, or any mapping of names to `Attention` that has
         `images` (and `layout`, unless the sites or `metadata` say it). For those, the layer is the
         site's name, and stands where `layer_<i>` does.
-    query_frame_idx
-        The frame of the queries.
     query_idx
-        A token, counted within its frame, special tokens included; a list of them; or
-        "interactive" to click them in a window.
+        A token, counted within the frame `query_frame_idx`, special tokens included; a list of
+        them; or "interactive" to click them in a window.
     key_frame_idx
         The frame to look at; a list or "all" gives one overlay for each, and the file name then
         carries the frame: `overlay_<q>_frame_<k>.png`.
@@ -92,8 +89,6 @@ def run_overlay_for_reconstruction(
     layers
         Only these: layer numbers; for a run, site names or patterns as in `capture`, such as
         "global_*" or "**.global_blocks.**".
-    progress
-        Show a progress bar.
 
     Returns
     -------
@@ -113,20 +108,12 @@ def run_overlay_for_reconstruction(
     of 518×518 pixels and one thread.
     """
     request = OverlayRequest(
-        query_frame_idx=query_frame_idx,
-        query_idx=query_idx,
-        key_frame_idx=key_frame_idx,
-        head=head,
-        metadata=metadata,
-        is_cross_attention=bool(is_cross_attention),
-        batch_idx=batch_idx,
-        alpha=alpha,
-        cmap_name=cmap_name,
-        eps=eps,
+        query_frame_idx, query_idx, key_frame_idx, head, metadata, is_cross_attention, batch_idx
     )
     stored = open_layers(paths, request)
+    painter = partial(OverlayPainter, cmap=cmap_name, alpha=alpha, eps=eps)
     output = OverlayOutputPath(os.fspath(output_path))
-    return _overlay(stored, stored.chosen(layers), request, output, progress=progress)
+    return _overlay(stored, stored.chosen(layers), request, painter, output, progress=progress)
 
 
 def overlay_query_to_frame_attention(
@@ -166,20 +153,12 @@ def overlay_query_to_frame_attention(
     if head != "mean" and not isinstance(head, SupportsIndex):
         raise InputError(f'head is a number or "mean" here, got {head!r}')
     request = OverlayRequest(
-        query_frame_idx=query_frame_idx,
-        query_idx=query_idx,
-        key_frame_idx=key_frame_idx,
-        head=head,
-        metadata=metadata,
-        is_cross_attention=bool(is_cross_attention),
-        batch_idx=batch_idx,
-        alpha=alpha,
-        cmap_name=cmap_name,
-        eps=eps,
+        query_frame_idx, query_idx, key_frame_idx, head, metadata, is_cross_attention, batch_idx
     )
     stored = StoredLayers({0: attn_path}, input_path, request)
+    painter = partial(OverlayPainter, cmap=cmap_name, alpha=alpha, eps=eps)
     output = _OneFolder(os.fspath(output_path), query_output_path)
-    (files,) = _overlay(stored, stored.names, request, output, progress=False).values()
+    (files,) = _overlay(stored, stored.names, request, painter, output, progress=False).values()
     return files
 
 
@@ -201,18 +180,15 @@ def _overlay(
     stored: Layers,
     layers: Sequence[Layer],
     request: OverlayRequest,
+    painter_of: Callable[[Mapping[int, NDArray[np.uint8]]], OverlayPainter],
     output: OverlayOutputPath,
     *,
     progress: bool,
 ) -> dict[tuple[Layer, Head], list[str]]:
     """Draw the layers and the query, and say which files are whose."""
     query = request.query(stored.images, stored.layout)
-    painter = OverlayPainter(
-        {frame: stored.images[frame] for frame in query.key_frames},
-        cmap=request.cmap_name,
-        alpha=request.alpha,
-        eps=request.eps,
-    )
+    painter = painter_of({frame: stored.images[frame] for frame in query.key_frames})
+    pairs = tuple(product(query.tokens, query.key_frames))
     results: dict[tuple[Layer, Head], list[str]] = {}
     for layer in progress_bar(layers, "overlays", shown=progress, unit="layer"):
         attention = stored.attention(layer)
@@ -221,7 +197,7 @@ def _overlay(
         paints = {}
         for head, maps in _maps(layer, attention, heads, selection).items():
             files = results[layer, head] = []
-            for (token, frame), weights in zip(query.pairs, maps, strict=True):
+            for (token, frame), weights in zip(pairs, maps, strict=True):
                 named = frame if query.key_frame_in_name else None
                 files.append(str(Path(output.overlay_file(layer, head, token, named))))
                 paints[files[-1]] = partial(painter.paint, weights, frame)

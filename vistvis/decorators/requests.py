@@ -1,8 +1,7 @@
-"""What overlays are asked for: tokens, frames, heads and colours, and the check of the numbers."""
+"""What overlays are asked for: tokens, frames and heads, and the check of the numbers."""
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,21 +22,12 @@ Indices: TypeAlias = "SupportsIndex | Sequence[SupportsIndex] | str"
 
 @dataclass(frozen=True)
 class FrameQuery:
-    """Query tokens within one frame and the frames they look at, as checked numbers.
-
-    `key_frame_in_name` says that several key frames could have been given, so that file names tell
-    them apart.
-    """
+    """Query tokens within one frame and the frames they look at, as checked numbers."""
 
     frame: int
     tokens: tuple[int, ...]
     key_frames: tuple[int, ...]
-    key_frame_in_name: bool
-
-    @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """Every token with every key frame: what overlays there are, in their order."""
-        return tuple(itertools.product(self.tokens, self.key_frames))
+    key_frame_in_name: bool  # several could have been given: file names tell them apart
 
 
 @dataclass(frozen=True)
@@ -51,9 +41,6 @@ class OverlayRequest:
     metadata: StaticMetadata | None
     is_cross_attention: bool
     batch_idx: SupportsIndex
-    alpha: float
-    cmap_name: str
-    eps: float
 
     def query(self, images: NDArray[np.uint8], layout: TokenLayout) -> FrameQuery:
         """The tokens and frames, checked against pictures `(S, H, W, 3)` and their layout.

@@ -1,4 +1,4 @@
-"""One query's attention in every head, over the picture: a grid of heat maps on one scale."""
+"""One query's attention in every head: the picture, then a grid of heat maps on one scale."""
 
 from __future__ import annotations
 
@@ -29,14 +29,10 @@ def head_grid(
     alpha: float = 0.6,
     columns: int = 4,
 ) -> NotebookFigure:
-    """Draw the maps of all heads over one picture, the picture itself first.
+    """Draw the maps `(h, rows, cols)` of all heads over one picture, uint8 `(H, W, 3)`.
 
     Parameters
     ----------
-    image
-        uint8 `(H, W, 3)`.
-    maps
-        `(h, rows, cols)`: one map for each head.
     names
         One for each map; by default `head 0`, `head 1`, …
     box
@@ -64,15 +60,9 @@ def head_grid(
     )
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(len(values) + 1)]
     image_axes(axes[0], image, title="picture")
-    for panel, heat, label in zip(axes[1:], values, labels, strict=True):
+    for panel, heat, label in zip(axes[1:], resize(values, (height, width)), labels, strict=True):
         colours = heat_axes(
-            panel,
-            resize(heat, (height, width)),
-            normalizer=scale,
-            cmap=cmap,
-            image=image,
-            alpha=alpha,
-            title=label,
+            panel, heat, normalizer=scale, image=image, cmap=cmap, alpha=alpha, title=label
         )
     if box is not None:
         for panel in axes:

@@ -58,10 +58,9 @@ class OverlayOutputPath:
 
     def list_layers(self) -> list[Layer]:
         """Layers in numeric order, then sites by name, numbers in names in numeric order."""
-        layers: list[Layer] = []
-        for name in folder_names(self.output_path, "layer="):
-            number = re.fullmatch(r"layer_(\d+)", str(name))
-            layers.append(int(number[1]) if number else unquote(str(name)))
+        names = (str(name) for name in folder_names(self.output_path, "layer="))
+        numbered = ((name, re.fullmatch(r"layer_(\d+)", name)) for name in names)
+        layers = (int(match[1]) if match else unquote(name) for name, match in numbered)
         return sorted(layers, key=natural_order)
 
     def list_heads(self, layer_id: Layer) -> list[Head]:

@@ -34,21 +34,10 @@ _LEVELS = 256
 
 
 def resize(maps: Values, size: tuple[int, int]) -> NDArray[np.float32]:
-    """Resize maps bilinearly, with half-pixel centres.
+    """Resize maps bilinearly: `(..., rows, cols)` of any real dtype → float32 `(..., H, W)`.
 
     The value of a patch is reached at the patch's centre (`align_corners=False`), beyond the
     outermost centres it stays as it is. Nothing is rounded to 8 bits on the way.
-
-    Parameters
-    ----------
-    maps
-        `(..., rows, cols)`, any real dtype.
-    size
-        `(H, W)` in pixels.
-
-    Returns
-    -------
-    `(..., H, W)`, float32.
     """
     values = torch.as_tensor(maps).detach().to("cpu", torch.float32)
     if values.ndim < 2 or values.numel() == 0:
@@ -65,14 +54,10 @@ def resize(maps: Values, size: tuple[int, int]) -> NDArray[np.float32]:
 
 
 def stretch(maps: Values, *, eps: float = 1e-8) -> NDArray[np.float32]:
-    """Every map from its own minimum to its own maximum: `(m − min) / (max − min + eps)`.
+    """Every map from its minimum to its maximum: `(m − min) / (max − min + eps)`.
 
-    Parameters
-    ----------
-    maps
-        `(..., rows, cols)`.
-    eps
-        Keeps a constant map at zero and rounding noise from being blown up to full contrast.
+    Maps are `(..., rows, cols)`; `eps` keeps a constant map at zero, and rounding noise from being
+    blown up to full contrast.
     """
     values = as_array(maps)
     low = values.min(axis=(-2, -1), keepdims=True)
@@ -82,20 +67,16 @@ def stretch(maps: Values, *, eps: float = 1e-8) -> NDArray[np.float32]:
 
 
 def normalizer(values: Values, *, norm: str = "linear", percentile: float = 99.0) -> Normalize:
-    """One colour scale for all values given, so that pictures drawn with it can be compared.
+    """One colour scale for all values given, with fixed limits, so that pictures can be compared.
 
     Parameters
     ----------
     values
-        Anything; NaN and infinite values do not count.
+        Of any shape; NaN and infinite values do not count.
     norm
         "linear" from 0 (or the smallest value, where that is negative) to the largest; "log" over
         at most six decades below the largest; "percentile": linear, but only up to that percentile,
         so that one strong sink does not turn everything else dark.
-
-    Returns
-    -------
-    A `matplotlib.colors.Normalize` with fixed limits that clips.
 
     Raises
     ------
@@ -148,13 +129,7 @@ def colour_indices(values: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def colour_table(cmap: str | Colormap) -> NDArray[np.uint8]:
-    """A colour map as 256 colours, uint8 `(256, 3)`.
-
-    Raises
-    ------
-    InputError
-        If matplotlib has no colour map of that name.
-    """
+    """A colour map as 256 colours, uint8 `(256, 3)`; InputError where matplotlib has none such."""
     if isinstance(cmap, str):
         return _named_table(cmap)
     colours = np.asarray(cmap(np.linspace(0, 1, _LEVELS)))[:, :3]
@@ -227,16 +202,10 @@ def outline(
     colour: tuple[int, int, int] = GREEN,
     width: int = 3,
 ) -> NDArray[np.uint8]:
-    """A copy of a picture with a frame drawn along the inside of a box.
+    """A copy of a picture `(H, W, 3)` with a frame drawn along the inside of a box.
 
-    Parameters
-    ----------
-    image
-        uint8 `(H, W, 3)`.
-    box
-        `(x0, y0, x1, y1)` in pixels, `x1` and `y1` exclusive; what lies outside is cut off.
-    width
-        Of the line in pixels; at most a third of the box, so that its middle stays to be seen.
+    The box is `(x0, y0, x1, y1)` in pixels, `x1` and `y1` exclusive; what lies outside is cut off.
+    The line, `width` pixels, takes at most a third of the box, so that its middle can be seen.
     """
     marked = np.array(image, dtype=np.uint8)
     rows, cols = marked.shape[:2]

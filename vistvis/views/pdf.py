@@ -50,8 +50,6 @@ def plot_attention_for_reconstruction(
         The folder that `run_overlay_for_reconstruction` wrote; from stored layers or from a run.
     dpi
         Pictures with more pixels than that on the page are made smaller; none is made larger.
-    progress
-        Show a progress bar.
 
     Returns
     -------
@@ -72,7 +70,7 @@ def plot_attention_for_reconstruction(
         raise InputError(f"dpi is positive, got {dpi}")
     output = output_path
     if not isinstance(output, OverlayOutputPath):
-        output = OverlayOutputPath(output_path=os.fspath(output))
+        output = OverlayOutputPath(os.fspath(output))
     tables = _tables(output, dpi)
     if not tables:
         raise InputError(
@@ -80,8 +78,7 @@ def plot_attention_for_reconstruction(
             "run_overlay_for_reconstruction(…, output_path=…)"
         )
     shown = progress and len(tables) > 1
-    bar = progress_bar(tables, "pages", shown=shown, unit="query")
-    return [str(_write(table)) for table in bar]
+    return [str(_write(t)) for t in progress_bar(tables, "pages", shown=shown, unit="query")]
 
 
 @dataclass(frozen=True)
@@ -142,44 +139,34 @@ def _tables(output: OverlayOutputPath, dpi: int) -> list[_Table]:
 # -- where things go -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class _Plan:
-    """Positions in points, from the top left; boxes are `(x, y, width, height)`."""
+    """Where a table's things go: positions and sizes in points, from the top left."""
 
-    cell: tuple[float, float]
-    left: float
-    top: float
-    width: float
-    height: float
-    both_sides: bool
-    both_ends: bool
-    thumbnail: tuple[float, float] | None
-
-    @classmethod
-    def of(cls, table: _Table) -> _Plan:
+    def __init__(self, table: _Table) -> None:
         rows, columns = len(table.layers), len(table.heads)
         aspect = _aspect(table)
         side = min(_LARGEST_CELL, max(_SMALLEST_CELL, _TABLE_SIDE / max(rows, columns)))
         wide, high = (side, side * aspect) if aspect <= 1 else (side / aspect, side)
-        both_sides, both_ends = (count > _TABLE_WITH_TWO_SIDES for count in (columns, rows))
+        self.both_sides = columns > _TABLE_WITH_TWO_SIDES
+        self.both_ends = rows > _TABLE_WITH_TWO_SIDES
         labels = max(text_width(layer_label(n), _LABEL) for n in table.layers) + _LABEL / 2
         # Heads' labels stand side by side, so narrow cells are widened rather than labels cut.
         wide = max(wide, max(text_width(_head_label(n), _LABEL) for n in table.heads) + 4)
-        left = _MARGIN + labels
+        self.cell = wide, high
         small = 1.6 * _SMALLEST_CELL * min(1.0, aspect) if table.query_file.exists() else 0.0
-        top = _MARGIN + max(small, 2.6 * _TITLE) + 2.2 * _LABEL
-        width = left + columns * (wide + _GAP) + (labels if both_sides else 0) + _MARGIN
-        height = top + rows * (high + _GAP) + (1.6 * _LABEL if both_ends else 0) + _MARGIN
-        thumb = small / aspect
+        self.thumbnail = small / aspect, small
+        self.left = _MARGIN + labels
+        self.top = _MARGIN + max(small, 2.6 * _TITLE) + 2.2 * _LABEL
+        width = self.left + columns * (wide + _GAP) + (labels if self.both_sides else 0) + _MARGIN
         words = max(text_width(table.title, _TITLE), text_width(table.subtitle, 0.6 * _TITLE))
-        width = max(width, 2 * _MARGIN + thumb + _LABEL + words)
-        if max(width, height) > _LONGEST_SIDE:
+        self.width = max(width, 2 * _MARGIN + small / aspect + _LABEL + words)
+        below = 1.6 * _LABEL if self.both_ends else 0
+        self.height = self.top + rows * (high + _GAP) + below + _MARGIN
+        if max(self.width, self.height) > _LONGEST_SIDE:
             raise InputError(
                 f"{rows} layers × {columns} heads don't fit on one page; make overlays of fewer "
                 "with layers= and head="
             )
-        thumbnail = (thumb, small) if small else None
-        return cls((wide, high), left, top, width, height, both_sides, both_ends, thumbnail)
 
     def box(self, row: int, column: int) -> Box:
         x = self.left + column * (self.cell[0] + _GAP)
@@ -188,7 +175,7 @@ class _Plan:
 
 def _write(table: _Table) -> Path:
     target = Path(table.output.output_path, f"{table.stem}.pdf")
-    plan = _Plan.of(table)
+    plan = _Plan(table)
     picture = functools.partial(_jpeg, dpi=table.dpi)
     try:
         with atomic_file(target, sync=False) as file, ThreadPoolExecutor(THREADS) as pool:
@@ -213,7 +200,7 @@ def _write(table: _Table) -> Path:
 
 def _head(page: PdfPage, plan: _Plan, table: _Table) -> None:
     x = _MARGIN
-    if plan.thumbnail is not None:
+    if any(plan.thumbnail):
         jpeg = _jpeg(table.query_file, (x, _MARGIN, *plan.thumbnail), table.dpi)
         if jpeg is not None:
             page.jpeg(*jpeg)

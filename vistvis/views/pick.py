@@ -35,17 +35,8 @@ class PatchPicker:
     """The patches that are chosen, and the figure they are clicked on.
 
     A left click adds a patch, or takes it away again. Chosen patches are outlined, numbered in the
-    order they were chosen, and listed above the picture. It needs no window: `figure` may be on any
-    canvas.
-
-    Parameters
-    ----------
-    figure
-        An empty matplotlib figure.
-    image
-        uint8 `(H, W, 3)`.
-    layout
-        Its grid is drawn; sizes may differ from `image`'s.
+    order they were chosen, and listed above the picture, uint8 `(H, W, 3)`, whose size may differ
+    from the layout's. It needs no window: `figure`, empty at first, may be on any canvas.
     """
 
     def __init__(
@@ -140,20 +131,9 @@ class PatchPicker:
 
 
 def pick_patches(image: NDArray[np.uint8], layout: TokenLayout, *, title: str = "") -> list[int]:
-    """Open a window, let patches be clicked, and return them when it is closed.
+    """Open a window with a picture, let patches be clicked, and return them when it is closed.
 
-    Parameters
-    ----------
-    image
-        uint8 `(H, W, 3)`.
-    layout
-        Where its patches lie.
-    title
-        What the picture is, for the window's head.
-
-    Returns
-    -------
-    Tokens within the frame, special tokens counted, in the order of choosing; empty if none.
+    They are tokens within the frame, as `PatchPicker.tokens`; empty if none.
 
     Raises
     ------

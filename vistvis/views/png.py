@@ -37,17 +37,7 @@ _CHANNELS = 3
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
-    """A picture as the bytes of a PNG file, without loss.
-
-    Parameters
-    ----------
-    image
-        uint8 `(H, W, 3)`.
-
-    Raises
-    ------
-    InputError
-        For anything else.
+    """A picture, uint8 `(H, W, 3)` or an InputError, as the bytes of a PNG file, without loss.
 
     The format is ISO/IEC 15948; the average filter is its section 9.
     """
@@ -88,17 +78,10 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def write_pngs(paints: Mapping[str, Callable[[], NDArray[np.uint8]]]) -> None:
-    """Paint, encode and write files in a few threads; folders are made where they are missing.
+    """Paint, encode and write files in a few threads; StoreError where one can't be written.
 
-    Parameters
-    ----------
-    paints
-        What makes the picture of each file; called once, so that few pictures are held at a time.
-
-    Raises
-    ------
-    StoreError
-        If a file can't be written.
+    `paints` has for each path what makes its picture; called once, so that few pictures are held at
+    a time. Folders are made where they are missing.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(_write, paints, paints.values()))  # raises what went wrong
