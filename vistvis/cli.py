@@ -8,18 +8,19 @@ the entry-point group "vistvis.commands". Only the module of the chosen command 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any, NoReturn
 
 from vistvis import commands
 from vistvis.errors import InputError, VistvisError, VistvisWarning
+from vistvis.names import suggestion
 
 GROUP = "vistvis.commands"
 USAGE_ERROR = 2
@@ -29,10 +30,8 @@ INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; `argv` without the program's name, default `sys.argv[1:]`.
 
-    Returns
-    -------
-    The exit code: 0, 2 for wrong input of any kind, 130 after Ctrl-C. As with every argparse
-    program, `--help` and arguments that can't be parsed end in `SystemExit`.
+    Returns the exit code: 0, 2 for wrong input of any kind, 130 after Ctrl-C. As with every
+    argparse program, `--help` and arguments that can't be parsed end in `SystemExit`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -41,17 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"vistvis {version()}")
         return 0
-    name = arguments[0]
-    return guarded(f"vistvis {name}", lambda: run(f"vistvis {name}", load(name), arguments[1:]))
+    name, *rest = arguments
+    return guarded(f"vistvis {name}", lambda: run(f"vistvis {name}", load(name), rest))
 
 
 def run(program: str, command: Any, argv: Sequence[str]) -> int:
     """Parse `argv` for a command module and run it."""
-    parser = _Parser(
-        prog=program,
-        description=command.HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog=program, description=command.HELP, formatter_class=plain)
     command.add_arguments(parser)
     return int(command.run(parser.parse_args(argv)) or 0)
 
@@ -88,17 +84,10 @@ def guarded(program: str, call: Callable[[], int]) -> int:
 
 
 def load(name: str) -> Any:
-    """The module of a command.
-
-    Raises
-    ------
-    InputError
-        If there is no such command, or its module lacks what a command has.
-    """
+    """The module of a command; `InputError` if there is none or it lacks what a command has."""
     known = find_commands()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}"
+        hint = suggestion(name, known, otherwise=f"there are {', '.join(known) or 'none'}")
         raise InputError(f"no command {name!r}: {hint} (front ends bring theirs when installed)")
     command = known[name]()
     lacking = [part for part in ("HELP", "add_arguments", "run") if not hasattr(command, part)]
@@ -109,34 +98,32 @@ def load(name: str) -> Any:
 
 def find_commands() -> dict[str, Callable[[], Any]]:
     """Names of all commands, each with a call that imports its module. Nothing is imported yet."""
-    found: dict[str, Callable[[], Any]] = {}
-    for entry in metadata.entry_points(group=GROUP):
-        found[entry.name] = entry.load
+    found: dict[str, Callable[[], Any]] = {
+        entry.name: entry.load for entry in metadata.entry_points(group=GROUP)
+    }
     # Built-in commands come last: a front end can't take their place.
     for module in pkgutil.iter_modules(commands.__path__):
         if not module.name.startswith("_"):
-            found[module.name] = _importer(f"{commands.__name__}.{module.name}")
+            path = f"{commands.__name__}.{module.name}"
+            found[module.name] = partial(importlib.import_module, path)
     return dict(sorted(found.items()))
 
 
 def overview() -> str:
     """What `vistvis --help` prints."""
-    lines = []
+    lines = [
+        "usage: vistvis COMMAND [arguments]    vistvis COMMAND --help    vistvis --version",
+        "",
+        "See where vision transformers look: exact attention at any size.",
+        "",
+    ]
     for name in find_commands():
         try:
             help_text = load(name).HELP
         except Exception as error:  # a broken front end must not take the help away
             help_text = f"(can't be loaded: {_text(error)})"
         lines.append(f"  {name:<10}{help_text}")
-    return "\n".join(
-        [
-            "usage: vistvis COMMAND [arguments]    vistvis COMMAND --help    vistvis --version",
-            "",
-            "See where vision transformers look: exact attention at any size.",
-            "",
-            *lines,
-        ]
-    )
+    return "\n".join(lines)
 
 
 def version() -> str:
@@ -152,10 +139,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_ERROR, f"{self.prog}: error: {message}; see {self.prog} --help\n")
-
-
-def _importer(path: str) -> Callable[[], Any]:
-    return lambda: importlib.import_module(path)
 
 
 def _text(error: BaseException) -> str:

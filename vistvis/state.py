@@ -17,10 +17,9 @@ from vistvis.errors import InputError
 
 
 class LayerState:
-    """The current layer of every identifier.
+    """The current layer of every identifier, 0 where it was never counted.
 
-    An identifier that was never counted is at layer 0. Counting goes on where it stopped, also in
-    the next call, until `reset` or `update`.
+    Counting goes on where it stopped, also in the next call, until `reset` or `update`.
     """
 
     def __init__(self) -> None:
@@ -35,15 +34,10 @@ class LayerState:
         return own[identifier] if identifier in own else self._starts.get(identifier, 0)
 
     def update(self, identifier: str, value: SupportsIndex) -> int:
-        """Put the counter of `identifier` at `value`.
+        """Put the counter of `identifier` at `value`; `InputError` if that is no whole number.
 
         This holds in the calling thread or task, and in those that have not counted this identifier
         yet; others that are counting are not disturbed.
-
-        Raises
-        ------
-        InputError
-            If `value` is no whole number.
         """
         number = whole(value)
         with self._lock:

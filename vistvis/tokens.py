@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 from einops import rearrange
@@ -34,7 +34,7 @@ _CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
 @dataclass(frozen=True)
 class TokenPlace:
-    """Everything a token index says about where it is.
+    """Where a token is.
 
     `patch`, `row`, `col` and `box` are None for a special token. `box` is `(x0, y0, x1, y1)` in
     pixels of the picture as the model saw it, `x1` and `y1` exclusive.
@@ -92,7 +92,7 @@ class TokenLayout:
     frames: int
     grid: tuple[int, int]
     special: tuple[str, ...] = ()
-    patch_size: tuple[int, int] = field(default=(14, 14))
+    patch_size: tuple[int, int] = (14, 14)
 
     def __post_init__(self) -> None:
         # Ints and lists are accepted because they are what configurations and JSON hold.
@@ -108,7 +108,7 @@ class TokenLayout:
             patch = (patch, patch)
         object.__setattr__(self, "frames", operator.index(self.frames))
         object.__setattr__(self, "grid", _pair(self.grid, "grid"))
-        object.__setattr__(self, "special", tuple(str(kind) for kind in special))
+        object.__setattr__(self, "special", tuple(map(str, special)))
         object.__setattr__(self, "patch_size", _pair(patch, "patch_size"))
         if self.frames < 1:
             raise LayoutError(f"a layout has at least one frame, got frames={self.frames}")
@@ -122,10 +122,8 @@ class TokenLayout:
         """Special tokens per frame."""
         return len(self.special)
 
-    @property
-    def patch_start_idx(self) -> int:
-        """The first patch token's place within a frame; the VGGT name of `num_special`."""
-        return len(self.special)
+    # VGGT's name for it: the first patch token's place within a frame.
+    patch_start_idx = num_special
 
     @property
     def num_patches(self) -> int:
@@ -150,13 +148,7 @@ class TokenLayout:
     # -- token → place -------------------------------------------------------------------------
 
     def locate(self, token: SupportsIndex) -> TokenPlace:
-        """Say where an absolute token index lies.
-
-        Raises
-        ------
-        LayoutError
-            If `token` is negative or at least `num_tokens`.
-        """
+        """Say where an absolute token index lies; `LayoutError` if outside `0…num_tokens - 1`."""
         token = operator.index(token)
         if not 0 <= token < self.num_tokens:
             raise LayoutError(
@@ -232,12 +224,8 @@ class TokenLayout:
     def token_at(self, frame: SupportsIndex, x: float, y: float) -> int:
         """The absolute index of the patch under pixel `(x, y)` of a frame.
 
-        Pixels count in the picture as the model saw it: x to the right, y down, `[0, W) × [0, H)`.
-
-        Raises
-        ------
-        LayoutError
-            If the pixel lies outside the picture, or the frame does not exist.
+        Pixels count in the picture as the model saw it: x to the right, y down, `[0, W) × [0, H)`;
+        others, and frames that do not exist, are a `LayoutError`.
         """
         height, width = self.image_size
         if not (0 <= x < width and 0 <= y < height):
@@ -263,19 +251,8 @@ class TokenLayout:
     def maps(self, row: Row) -> Row:
         """Lay weights over tokens out as pictures; special tokens are left out.
 
-        Parameters
-        ----------
-        row
-            `(…, N)`: one value for every token of the layout (tensor or array).
-
-        Returns
-        -------
-        `(…, S, rows, cols)`, a view where the memory layout allows.
-
-        Raises
-        ------
-        LayoutError
-            If the last dimension is not `num_tokens`.
+        A tensor or array `(…, N)` gives `(…, S, rows, cols)`, a view where the memory layout
+        allows. `LayoutError` if the last dimension is not `num_tokens`.
         """
         if row.ndim < 1 or row.shape[-1] != self.num_tokens:
             raise LayoutError(
@@ -285,8 +262,6 @@ class TokenLayout:
         framed = rearrange(row, "... (s n) -> ... s n", s=self.frames)
         patches = framed[..., self.num_special :]
         return rearrange(patches, "... (rows cols) -> ... rows cols", rows=self.grid[0])
-
-    # -- layouts of the sides of an attention ----------------------------------------------------
 
     def frame_layout(self) -> TokenLayout:
         """The layout of a single frame: what frame attention sees."""
@@ -302,8 +277,6 @@ class TokenLayout:
         if self.frames > 1 and queries == self.num_tokens:
             return self, self if keys == queries else None
         return fitting.get(queries), fitting.get(keys)
-
-    # -- to and from plain data ----------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and ints, for JSON."""
@@ -331,7 +304,7 @@ class TokenLayout:
         Parameters
         ----------
         model
-            A timm, Hugging Face, torchvision or VGGT-like model.
+            A timm, Hugging Face, torchvision, open_clip or VGGT-like model.
         images
             `(B, 3, H, W)`, or `(S, 3, H, W)` / `(B, S, 3, H, W)` for a VGGT-like model.
 
@@ -343,8 +316,6 @@ class TokenLayout:
         from vistvis.models.layouts import layout_from_model
 
         return layout_from_model(model, images)
-
-    # -- helpers -------------------------------------------------------------------------------
 
     def _within(self, name: str, value: SupportsIndex, size: int) -> int:
         number = operator.index(value)

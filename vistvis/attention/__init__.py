@@ -1,8 +1,4 @@
-"""The hinge between models and everything that looks at attention.
-
-`Attention` holds the queries and keys of one site and computes weights for what is asked; left of
-it models are known, right of it they are not.
-"""
+"""The hinge: left of `Attention` models are known, right of it they are not."""
 
 from __future__ import annotations
 

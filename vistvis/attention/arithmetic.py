@@ -1,7 +1,4 @@
-"""softmax(scale · Q Kᵀ + mask) as functions of tensors: they know of no site and keep nothing.
-
-The formula is Vaswani et al., "Attention Is All You Need", section 3.2.1.
-"""
+"""softmax(scale · Q Kᵀ + mask) as functions of tensors: they know of no site and keep nothing."""
 
 from __future__ import annotations
 

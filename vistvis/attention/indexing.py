@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -22,24 +21,14 @@ from vistvis.errors import IndexOutOfRange, InputError
 
 DIMENSIONS = ("batch", "head", "query", "key")
 
-Taken: TypeAlias = slice | Tensor
-"""A selection along one dimension: a slice with positive step, or a 1-D int64 tensor."""
-
-Box: TypeAlias = tuple[Taken, ...]
-"""A selection along each of (batch, heads, queries, keys), or of the first three of them: rows."""
-
-Block: TypeAlias = tuple[slice, slice, slice]
-"""Where a block of rows lies among chosen (batch, heads, queries)."""
-
 ALL = slice(None)
 
-
-@dataclass(frozen=True)
-class Plan:
-    """`dense[index] == dense[take][rest]`, where `take` selects along each dimension by itself."""
-
-    take: Box
-    rest: tuple[Any, ...]
+Taken: TypeAlias = slice | Tensor
+"""A selection along one dimension: a slice with positive step, or a 1-D int64 tensor."""
+Box: TypeAlias = tuple[Taken, ...]
+"""A selection along each of (batch, heads, queries, keys), or of the first three of them: rows."""
+Block: TypeAlias = tuple[slice, slice, slice]
+"""Where a block of rows lies among chosen (batch, heads, queries)."""
 
 
 def whole(value: SupportsIndex, size: int, name: str) -> int:
@@ -81,39 +70,27 @@ def take(tensor: Tensor, *selections: Taken) -> Tensor:
     return tensor
 
 
-def plan(index: Any, shape: tuple[int, ...], device: torch.device) -> Plan:
-    """Split an index into attention; see `Plan`.
-
-    Raises
-    ------
-    IndexOutOfRange
-        If an index lies outside its dimension, or there are more indices than dimensions.
-    InputError
-        If an index is nothing that torch takes.
-    """
+def plan(index: Any, shape: tuple[int, ...], device: torch.device) -> tuple[Box, tuple[Any, ...]]:
+    """`take` and `rest` with `dense[index] == dense[take][rest]`, `take` dimension by dimension."""
     takes: list[Taken] = []
     rest: list[Any] = []
     for item in _expanded(index, len(shape)):
         if item is None:
             rest.append(None)
             continue
+        left: Any = 0 if _is_int(item) else ALL
         chosen = _checked(item, shape[len(takes)], DIMENSIONS[len(takes)], device)
-        if isinstance(chosen, slice):
-            takes.append(chosen)
-            rest.append(0 if _is_int(item) else ALL)
-        else:
-            unique, inverse = torch.unique(chosen, return_inverse=True)
-            takes.append(unique)
-            rest.append(inverse)
+        if isinstance(chosen, Tensor):
+            chosen, left = torch.unique(chosen, return_inverse=True)
+        takes.append(chosen)
+        rest.append(left)
     takes += [ALL] * (len(shape) - len(takes))
-    return Plan(tuple(takes), tuple(rest))
+    return tuple(takes), tuple(rest)
 
 
 def blocks(counts: Sequence[int], rows_at_once: int) -> list[Block]:
-    """Cut `(batch, heads, queries)` into blocks of at most `rows_at_once` rows (at least one).
-
-    Small matrices (windows) go many to a block, large ones are cut along their queries.
-    """
+    """Cut `(batch, heads, queries)` into blocks of at most `rows_at_once` rows (at least one)."""
+    # Small matrices (windows) go many to a block, large ones are cut along their queries.
     _, heads, queries = counts
     q = max(1, min(queries, rows_at_once))
     h = max(1, min(heads, rows_at_once // max(1, queries)))

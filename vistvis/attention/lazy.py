@@ -1,8 +1,7 @@
 """`Attention`: softmax(scale · Q Kᵀ + mask), computed only where it is asked for.
 
 The queries and keys of one block over 8 frames of 518×518 take 90 MB; the matrix they stand for
-takes 7.7 GB. So the matrix is never built here unless `dense` (or a torch function, which needs a
-tensor) asks for it, and then only under a limit.
+takes 7.7 GB.
 """
 
 from __future__ import annotations
@@ -56,9 +55,8 @@ class Attention(LazyRows):
 
     Notes
     -----
-    With N tokens, h heads of width d: one row costs N·h·d multiply-adds, one column, after the
-    log-sum-exp is known, the same. The log-sum-exp costs N²·h·d once and is kept, `(B, h, Nq)`.
-    The formula is Vaswani et al., "Attention Is All You Need", section 3.2.1.
+    The formula is Vaswani et al., "Attention Is All You Need", section 3.2.1. What each call costs
+    stands with it.
     """
 
     weights: Tensor | None = None
@@ -86,14 +84,10 @@ class Attention(LazyRows):
 
     @staticmethod
     def from_weights(weights: Tensor, *, site: SiteInfo | None = None) -> Attention:
-        """Attention of a source that only ever had weights, `(B, h, Nq, Nk)`: `GivenWeights`.
+        """Attention of a source that only ever had weights, floating, `(B, h, Nq, Nk)`.
 
-        The weights are taken as they are: rows of talking heads, say, need not sum to 1.
-
-        Raises
-        ------
-        InputError
-            If `weights` is not a floating tensor of four dimensions.
+        They are taken as they are: rows of talking heads, say, need not sum to 1. Other tensors are
+        an `InputError`.
         """
         return GivenWeights(weights, site=site)
 
@@ -163,14 +157,9 @@ class Attention(LazyRows):
     def columns(
         self, keys: Selection, *, batch: Selection = None, heads: Selection = None
     ) -> Tensor:
-        """Weights that all queries give to chosen keys.
+        """Weights that all queries give to chosen keys, `(B', h', Nq, K)`; keys as in `rows`.
 
-        Exact: each row's softmax runs over all keys, through its log-sum-exp, which is computed in
-        chunks the first time (`log_sum_exp`) and kept.
-
-        Returns
-        -------
-        `(B', h', Nq, K)`.
+        Exact: each row's softmax runs over all keys, through its `log_sum_exp`.
 
         Cost: `B'·h'·Nq·K·d` multiply-adds once the log-sum-exp is known.
         """
@@ -206,10 +195,7 @@ class Attention(LazyRows):
     ) -> Tensor:
         """What enters the softmax, `scale · q·k + mask`, `(B', h', Q, Nk)`: not weights.
 
-        Raises
-        ------
-        InputError
-            For attention made from weights, which has no logits.
+        Raises as `log_sum_exp`.
         """
         self.check_unwritten()
         return self._logits(self._taken(batch, heads, queries, None))
@@ -228,7 +214,6 @@ class Attention(LazyRows):
         return arithmetic.row(one, key.to(self.dtype), scale)
 
     def _logits(self, box: Box) -> Tensor:
-        """scale · Q Kᵀ + mask of a block, `(B', h', Q, K)`."""
         b, h, q, k = box
         key_heads = h
         if self.groups > 1 and h != ALL:  # all heads: the groups are paired without copying keys
@@ -266,10 +251,8 @@ class Attention(LazyRows):
         shape: tuple[int, ...],
         progress: bool = False,
     ) -> Tensor:
-        """What `reduce` makes of the logits of whole rows, block by block into one buffer.
-
-        So the peak is the result and a chunk; but autograd needs the plain expression.
-        """
+        """What `reduce` makes of the logits of whole rows, block by block into one buffer."""
+        # So the peak is the result and a chunk; but autograd needs the plain expression.
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors())
         if graph or self._is_small(shape):
             return reduce(self._logits((*rows, ALL)))
@@ -283,10 +266,7 @@ class Attention(LazyRows):
 
 
 class GivenWeights(Attention):
-    """Attention of a source that only ever had weights; `Attention.from_weights` makes it.
-
-    `weights` is `(B, h, Nq, Nk)`, floating. `query`, `key` and `mask` are None.
-    """
+    """What `Attention.from_weights` makes; `query`, `key` and `mask` are None."""
 
     query = key = mask = None  # type: ignore[assignment]
     scale, causal, groups = 1.0, False, 1

@@ -44,7 +44,7 @@ class LazyRows(TensorLike):
         raise NotImplementedError
 
     def _block(self, box: Box) -> Tensor:
-        """Weights `(B', h', Q, K)`; softmax goes over all keys, whatever `k` is."""
+        """Weights `(B', h', Q, K)`; softmax goes over all keys, whichever are taken."""
         raise NotImplementedError
 
     @property
@@ -57,12 +57,9 @@ class LazyRows(TensorLike):
         return self.shape[1]
 
     def check_unwritten(self) -> None:
-        """See that nobody wrote into the tensors since they were taken; whatever computes does so.
+        """Raise `CaptureError` if somebody wrote into the tensors since they were taken.
 
-        Raises
-        ------
-        CaptureError
-            If somebody did: the weights would be wrong.
+        Whatever computes calls this first.
         """
         for tensor, version in self._held:
             if tensor._version != version:
@@ -109,16 +106,15 @@ class LazyRows(TensorLike):
         Parameters
         ----------
         batch, heads, queries
-            Which rows, as in `rows`; by default all.
+            As in `rows`.
         max_bytes
             Bound on the weights of one block, which has one row at least. Its logits are held
             beside them for a moment. Default 8 MiB.
 
         Yields
         ------
-        `(index, weights)`, in order: `index` is three slices, where the block lies in the selection
-        `(B', h', Q)`; `weights` are its rows over all keys, `(b, h, q, Nk)`, as from `rows`. The
-        blocks cover the selection, each row once.
+        `(index, weights)`, in order, each row once: `index` is three slices, where the block lies
+        in the selection `(B', h', Q)`; `weights` are its rows over all keys, `(b, h, q, Nk)`.
 
         Cost: that of all `rows`; memory of one block.
 
@@ -154,15 +150,15 @@ class LazyRows(TensorLike):
         self.check_unwritten()
         if type(index) is tuple and len(index) == 3 and self._is_plain(*index):
             return self._one_row(*index)
-        plan = indexing.plan(index, tuple(self.shape), self.device)
-        shape = self._counts(plan.take)
+        take, rest = indexing.plan(index, tuple(self.shape), self.device)
+        shape = self._counts(take)
         size = self._bytes_of(shape)
         if size > DENSE_LIMIT:
             raise DenseLimitError(
                 f"this index needs a block of {shape}, {bytes_text(size)}, more than the "
                 f"limit of {bytes_text(DENSE_LIMIT)}; take fewer queries, or loop over them"
             )
-        return self._block(plan.take)[plan.rest]
+        return self._block(take)[rest]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[b] for b in range(len(self)))

@@ -77,11 +77,10 @@ class SiteInfo:
                 fields[side] = TokenLayout.from_dict(fields[side])
         try:
             if fields.get("window"):
-                window = fields["window"].items()
-                pairs: dict[str, Any] = {
-                    key: tuple(v) if isinstance(v, list) else v for key, v in window
-                }
-                fields["window"] = WindowInfo(**pairs)
+                window: dict[str, Any] = dict(fields["window"])
+                for name, value in window.items():
+                    window[name] = tuple(value) if isinstance(value, list) else value
+                fields["window"] = WindowInfo(**window)
             return cls(**fields)
         except TypeError as error:
             raise InputError(f"not a site description: {error}") from error

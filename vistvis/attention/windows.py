@@ -1,9 +1,4 @@
-"""Window attention, put back in the picture.
-
-Windows are cut from the grid of tokens after it was padded and rolled; each is a batch item of its
-own. A `WindowInfo` on the site says how; here a token of the grid finds its window and its place
-in it, and a row of weights finds its way back.
-"""
+"""Window attention, put back in the picture as a `WindowInfo` says that it was cut."""
 
 from __future__ import annotations
 
@@ -27,10 +22,7 @@ def window_counts(info: WindowInfo) -> tuple[int, int]:
 
 
 def place_in_windows(info: WindowInfo, row: Index, col: Index) -> tuple[Index, Index]:
-    """`(window, token in window)` of a grid position, windows counted within one picture.
-
-    Tensors of rows and columns that broadcast give tensors.
-    """
+    """`(window, token in window)` of a grid position, or of many; windows count in one picture."""
     down, across = window_counts(info)
     height, width = info.window
     if info.strided:
@@ -54,10 +46,8 @@ def stitch(
     ----------
     attention
         Of a site with `site.window`, `(B · windows, h, n, n)`.
-    row, col
-        The query's place in the grid of tokens.
-    picture
-        Which picture of the batch.
+    row, col, picture
+        The query's place in the grid of tokens, and which picture of the batch it lies in.
 
     Returns
     -------

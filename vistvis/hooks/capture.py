@@ -1,10 +1,8 @@
 """`capture`: run a model as it is, and keep the queries and keys that reach its attention kernels.
 
-    with vistvis.capture(model, "blocks.*.attn") as captured:
-        model(x)
-    captured["blocks.11.attn"].rows(0)
-
-`Watch` sits on the model and fills `Results`; `Capture` is how they are asked.
+with vistvis.capture(model, "blocks.*.attn") as captured:
+    model(x)
+captured["blocks.11.attn"].rows(0)
 """
 
 from __future__ import annotations
@@ -220,8 +218,6 @@ class Capture(Mapping[str, Attention]):
         if fired:
             return f"did not run in the last of {self.passes} forward passes"
         return f"did not run in {self.passes} forward passes: {why_unfired(self._model, site)}"
-
-    # -- what is known of it ---------------------------------------------------------------------
 
     @property
     def passes(self) -> int:

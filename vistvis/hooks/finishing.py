@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,7 @@ from vistvis.models.windows import window_of
 from vistvis.tokens import TokenLayout
 
 
-@dataclass(frozen=True)
-class SiteRun:
+class SiteRun(NamedTuple):
     """One run of a site: what it showed, the shape of its input where that tells something, and
     its projections where those were asked for."""
 

@@ -26,15 +26,10 @@ class Fold:
     def of(
         cls, lead: tuple[int, ...], heads: int | None, batch: int | None, heads_at: int | None
     ) -> Fold:
-        """Find the head dimension among leading dimensions `lead`.
+        """Find the head dimension among leading dimensions `lead`; `UnreadableError` if it can't.
 
-        `heads` and `batch` are what the module and its input say. `heads_at` says where heads are,
-        for classes where sizes may not tell; 0 says that `lead` is (batch · heads, windows).
-
-        Raises
-        ------
-        UnreadableError
-            If it can't be told.
+        `heads` and `batch` are what the module and its input say, `heads_at` is as in
+        `ModuleTraits`.
         """
         count = len(lead)
         if count == 2 and heads_at == 0 and heads:
@@ -47,8 +42,7 @@ class Fold:
         if count == 0:
             return cls(lead, (), (1, 1))
         if count == 1:
-            folded = heads is not None and heads > 1 and lead[0] % heads == 0
-            if folded and heads is not None and (batch is None or lead[0] == batch * heads):
+            if heads and lead[0] % heads == 0 and batch in (None, lead[0] // heads):
                 return cls(lead, (0,), (lead[0] // heads, heads))
             return cls(lead, (0,), (lead[0], 1))
         places = [place for place in range(1, count) if lead[place] == heads]
@@ -64,7 +58,6 @@ class Fold:
 
     @property
     def changes(self) -> bool:
-        """Whether anything is to be done."""
         return len(self.lead) != 2 or self.order != (0, 1)
 
     def __call__(self, tensor: Tensor) -> Tensor:

@@ -47,12 +47,9 @@ class _Namespace:
 
 def _relinked(function: Any, module: Any, **replaced: Any) -> Any:
     """The same code, with some of its module's names looked up elsewhere."""
+    names = {**module.__dict__, **replaced}
     made = FunctionType(
-        function.__code__,
-        {**module.__dict__, **replaced},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
     )
     made.__kwdefaults__ = function.__kwdefaults__
     return made
@@ -62,13 +59,12 @@ class MultiheadReader:
     """Runs PyTorch's multi-head attention code and records the kernel call in it."""
 
     def __init__(self, keeping: Keeping) -> None:
-        self.keeping = keeping
-        self.notes = Notes()
+        self.keeping, self.notes = keeping, Notes()
         self._heads = 1
         self._soft: Tensor | None = None
 
     def can_run(self, original: Any) -> bool:
-        """Whether `original` is PyTorch's own code, which this class knows."""
+        """Whether `original` is PyTorch's own code."""
         own = (nn.MultiheadAttention.forward, nn.TransformerEncoderLayer.forward)
         return isinstance(original, MethodType) and original.__func__ in own
 
@@ -98,8 +94,6 @@ class MultiheadReader:
             torch=_Namespace(torch, bmm=self._bmm),
         )
         return made(*args, **kwargs)
-
-    # -- the kernels -----------------------------------------------------------------------------
 
     def _sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
         out = SDPA(*args, **kwargs)
@@ -135,9 +129,7 @@ class MultiheadReader:
         mask, kind = rest[-2:]
 
         def read() -> Reading:
-            x = src
-            if norm_first:
-                x = F.layer_norm(x, (width,), norm_weight, norm_bias, eps)
+            x = F.layer_norm(src, (width,), norm_weight, norm_bias, eps) if norm_first else src
             return self._projected(x, weight, bias, heads, mask, kind)
 
         self._record(read)
@@ -149,10 +141,9 @@ class MultiheadReader:
         """Queries and keys of the fused kernels, which don't show theirs: projected again."""
         keys: Tensor | None = None
         if x.is_nested:
-            lengths = [len(one) for one in x.unbind()]
+            lengths = torch.tensor([len(one) for one in x.unbind()], device=x.device)
             x = x.to_padded_tensor(0.0)
-            places = torch.arange(x.shape[1], device=x.device)
-            real = places < torch.tensor(lengths, device=x.device)[:, None]
+            real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
             # Padding is no token here: its rows are empty, as its columns are.
             keys = real[:, None, None, :] & real[:, None, :, None]
         elif mask is not None:
@@ -182,9 +173,8 @@ def _native_mask(mask: Tensor, kind: int) -> Tensor:
     """The mask of the native kernels, as `scaled_dot_product_attention` would take it."""
     if mask.dtype == torch.bool:
         mask = ~mask  # here True leaves a key out
-    if kind == 1:  # one row of keys for each batch item
-        return mask[:, None, None, :]
-    return mask
+    # Kind 1: one row of keys for each batch item.
+    return mask[:, None, None, :] if kind == 1 else mask
 
 
 def encoder_layers(

@@ -6,6 +6,7 @@ This is the second, independent way to the queries and keys of a module: plain h
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,25 +22,19 @@ class ProjectionTap:
     """Hooks on a module's q/k norms or projections, on while it runs."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
         self._seen: dict[str, Tensor] = {}
         self._handles: list[Any] = []
-        self._names = self._find()
-
-    def _find(self) -> tuple[str, ...]:
-        for pair in (*NORM_PAIRS, *PROJECTION_PAIRS):
-            if all(isinstance(getattr(self._module, name, None), nn.Module) for name in pair):
-                return pair
-        for name in FUSED_PROJECTIONS:
-            if isinstance(getattr(self._module, name, None), nn.Module):
-                return (name,)
-        return ()
+        self._taps: dict[str, Any] = {}
+        for names in (*NORM_PAIRS, *PROJECTION_PAIRS, *((name,) for name in FUSED_PROJECTIONS)):
+            found = {name: getattr(module, name, None) for name in names}
+            if all(isinstance(child, nn.Module) for child in found.values()):
+                self._taps = found
+                break
 
     def __enter__(self) -> ProjectionTap:
-        for name in self._names:
-            child = getattr(self._module, name)
+        for name, child in self._taps.items():
             # The undo is on its list before the next hook: an interrupt leaves none behind.
-            self._handles.append(child.register_forward_hook(self._taker(name)))
+            self._handles.append(child.register_forward_hook(partial(self._take, name)))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -47,33 +42,25 @@ class ProjectionTap:
             handle.remove()
         self._handles.clear()
 
-    def _taker(self, name: str) -> Any:
-        def take(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                self._seen[name] = output.detach().clone()
-
-        return take
+    def _take(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._seen[name] = output.detach().clone()
 
     def attention(self, kernel: Attention, *, rope: bool) -> Attention:
         """The attention of the projections' output, shaped like the kernel's.
 
         A rotary embedding turns pairs of numbers and keeps their length: the length of every query
         and key must be that of the kernel's, which proves that nothing else lies between.
-
-        Raises
-        ------
-        CaptureError
-            If the module has no such projections, or something else than a rotation lies between.
+        `CaptureError` otherwise, or if the module has no such projections.
         """
         if kernel.weights is not None:
             raise CaptureError("rope=False needs queries and keys, and this module shows weights")
-        if not self._names or set(self._seen) != set(self._names):
+        if not self._taps or self._seen.keys() != self._taps.keys():
             raise CaptureError(
                 "has no q_norm/k_norm, q/k projections or qkv whose output could be taken before "
                 "the rotary embedding"
             )
         query, key = self._split(kernel)
-        scale = kernel.scale
         for name, before, after in (("query", query, kernel.query), ("key", key, kernel.key)):
             if before.shape != after.shape:
                 raise CaptureError(
@@ -95,7 +82,7 @@ class ProjectionTap:
         return Attention(
             query=query.to(kernel.query.dtype),
             key=key.to(kernel.key.dtype),
-            scale=scale,
+            scale=kernel.scale,
             mask=kernel.mask,
             causal=kernel.causal,
         )
@@ -103,25 +90,27 @@ class ProjectionTap:
     def _split(self, kernel: Attention) -> tuple[Tensor, Tensor]:
         batch, heads, queries, keys = kernel.shape
         width, key_heads = kernel.query.shape[-1], kernel.key.shape[1]
-        if len(self._names) == 1:
-            fused = self._seen[self._names[0]]
+        if len(self._taps) == 1:
+            (fused,) = self._seen.values()
             if fused.ndim != 3 or fused.shape[-1] != 3 * heads * width:
                 raise CaptureError(
                     f"its fused projection {tuple(fused.shape)} is not (B, N, 3·h·d)"
                 )
             query, key, _ = rearrange(fused, "b n (three h d) -> three b h n d", three=3, h=heads)
             return query, key
-        pair = [self._seen[name] for name in self._names]
-        sides = zip(pair, ((heads, queries), (key_heads, keys)), strict=True)
-        return tuple(self._shaped(t, batch, h, n, width) for t, (h, n) in sides)  # type: ignore[return-value]
+        query, key = (self._seen[name] for name in self._taps)
+        sides = (query, heads, queries), (key, key_heads, keys)
+        query, key = (self._shaped(one, (batch, h, n, width)) for one, h, n in sides)
+        return query, key
 
     @staticmethod
-    def _shaped(tensor: Tensor, batch: int, heads: int, tokens: int, width: int) -> Tensor:
-        if tuple(tensor.shape) == (batch, heads, tokens, width):
+    def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if tuple(tensor.shape) == shape:
             return tensor
+        batch, heads, tokens, width = shape
         if tuple(tensor.shape) in {(batch, tokens, heads, width), (batch, tokens, heads * width)}:
             return tensor.reshape(batch, tokens, heads, width).transpose(1, 2)
         raise CaptureError(
-            f"its projection {tuple(tensor.shape)} is not shaped like the kernel's "
-            f"{(batch, heads, tokens, width)}: tokens were merged or cached in between"
+            f"its projection {tuple(tensor.shape)} is not shaped like the kernel's {shape}: "
+            "tokens were merged or cached in between"
         )

@@ -16,8 +16,6 @@ from vistvis.errors import VistvisError
 from vistvis.hooks.folding import Fold, UnreadableError
 
 SDPA = F.scaled_dot_product_attention
-# Not torch.broadcast_shapes: its first call imports sympy, 36 MB and half a second.
-_broadcast_shapes = np.broadcast_shapes
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,7 @@ class Keeping:
     masks: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def mask(self, mask: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """A mask, kept: one copy serves every site that uses the same one in a pass.
-
-        Masks are as large as a dense matrix, and a copy for each site would be what is avoided.
-        """
+        """A mask, kept: one copy, as large as a dense matrix, serves all that use it in a pass."""
         # A broadcast dimension is kept as one.
         thin = [
             slice(0, 1) if step == 0 and size > 1 else slice(None)
@@ -109,11 +104,6 @@ class KernelReader:
         """A call of the fused kernel, over the tensors that the kernel used.
 
         `autocast` is the dtype that autocast gave to the kernel's inputs, or None.
-
-        Raises
-        ------
-        UnreadableError
-            If the call can't be turned into exact weights.
         """
         query, key, keeping = call.query, call.key, self.keeping
         for name, tensor in (("query", query), ("key", key)):
@@ -213,13 +203,12 @@ def error_text(error: Exception) -> str:
 
 def _broadcast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Leading dimensions as the kernel broadcasts them; nothing is copied."""
-    lead = _broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    # Not torch.broadcast_shapes: its first call imports sympy, 36 MB and half a second.
+    lead = np.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     # One key head serves all query heads as it is.
     single = len(lead) == 2 and key.shape[1] == 1 and key.shape[0] == lead[0]
-    return (
-        query.expand(*lead, *query.shape[-2:]),
-        key if single else key.expand(*lead, *key.shape[-2:]),
-    )
+    keys = key if single else key.expand(*lead, *key.shape[-2:])
+    return query.expand(*lead, *query.shape[-2:]), keys
 
 
 def _plain_mask(mask: Any) -> Tensor | None:

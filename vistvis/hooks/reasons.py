@@ -35,9 +35,8 @@ def why_unfired(model: nn.Module, site: Site) -> str:
     for module in model.modules():
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             return (
-                "the model is compiled, and its compiled code does not call the module's "
-                "forward; capture the model before torch.compile, or call "
-                "torch._dynamo.reset() first"
+                "the model is compiled, and its compiled code does not call the module's forward; "
+                "capture the model before torch.compile, or call torch._dynamo.reset() first"
             )
     return (
         f"its forward was never called (another branch of the model, a fused path that skips "

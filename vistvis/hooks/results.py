@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
@@ -13,7 +13,6 @@ from vistvis.attention import Attention
 from vistvis.errors import InputError
 from vistvis.tokens import TokenLayout
 
-SOURCES = ("kernel", "softmax", "module", "projection")
 ReadFrom: TypeAlias = Literal["kernel", "softmax", "module", "projection"]
 Sink: TypeAlias = Callable[[str, Attention], None]
 LayoutOf: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], TokenLayout | None]"
@@ -34,7 +33,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.keep not in (None, "cpu"):
             raise InputError(f'keep is None or "cpu", got {self.keep!r}')
-        if self.source not in (None, *SOURCES):
+        if self.source not in (None, *get_args(ReadFrom)):
             raise InputError(
                 f'source is "kernel", "softmax", "module" or "projection", got {self.source!r}'
             )
@@ -79,11 +78,9 @@ class Results:
         self._outgoing: dict[str, list[Attention]] = {}
 
     def begin(self) -> None:
-        """A pass begins, and the last one wins.
-
-        What the one before took makes room site by site (`make_room`): freed at once, its pages
-        went back to the system and cost their way in again.
-        """
+        """A pass begins, and the last one wins."""
+        # What the one before took makes room site by site (`make_room`): freed at once, its pages
+        # went back to the system and cost their way in again.
         if not self._accumulate:
             with self.lock:
                 self._outgoing, self.attention, self.errors = self.attention, {}, {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -21,24 +20,13 @@ from vistvis.models.sites import Site
 def settle(
     site: Site, notes: Notes, source: str | None, *, sizes: tuple[int, ...] = ()
 ) -> tuple[Reading, Attention]:
-    """The one reading of a run of a site, and its attention.
+    """The one reading of a run of a site, and its attention; `CaptureError` if there is none.
 
-    Parameters
-    ----------
-    source
-        "kernel", "softmax" or "module" to take only that; None: kernels before softmaxes.
-    sizes
-        The shape of the module's input, where it tells attention over channels.
-
-    Raises
-    ------
-    CaptureError, UnreadableError
-        If what was seen can't be turned into exact weights.
+    `source` takes only what was read so; None takes kernels before softmaxes. `sizes` is the shape
+    of the module's input, where it tells attention over channels.
     """
     readings = [_over_tokens(reading, sizes) for reading in notes.readings]
-    reading = _one(site, readings, notes.problems, source)
-    groups = getattr(site.module, "num_key_value_groups", None)
-    reading = _unpack_groups(reading, site.heads, groups)
+    reading = _unpack_groups(_one(site, readings, notes.problems, source), site)
     if reading.attention is None:
         raise CaptureError(reading.error)
     return reading, reading.attention
@@ -46,11 +34,10 @@ def settle(
 
 def _one(site: Site, readings: list[Reading], problems: list[str], source: str | None) -> Reading:
     sources = {reading.source for reading in readings}
-    if source is None and "kernel" in sources:
-        readings = [reading for reading in readings if reading.source == "kernel"]
-    elif source is not None:
-        readings = [reading for reading in readings if reading.source == source]
-        if not readings and sources:
+    wanted = source or ("kernel" if "kernel" in sources else None)
+    if wanted and sources:
+        readings = [reading for reading in readings if reading.source == wanted]
+        if not readings:
             raise CaptureError(
                 f'source="{source}" was asked for, and this module shows only '
                 f"{' and '.join(sorted(sources))}"
@@ -100,12 +87,9 @@ def _stack_heads(readings: Sequence[Reading]) -> Reading:
 
 
 def _over_tokens(reading: Reading, sizes: tuple[int, ...]) -> Reading:
-    """Refuse attention over channels: as many queries as a head has channels, summed over tokens.
-
-    `sizes` is `(B, N, C)`; with others nothing can be told.
-    """
+    """Refuse attention over channels: each head's queries are its channels, summed over tokens."""
     attention = reading.attention
-    if attention is None or len(sizes) != 3:
+    if attention is None or len(sizes) != 3:  # nothing is told by other inputs than (B, N, C)
         return reading
     _, tokens, width = sizes
     _, heads, queries, keys = attention.shape
@@ -119,18 +103,18 @@ def _over_tokens(reading: Reading, sizes: tuple[int, ...]) -> Reading:
     return Reading(None, reading.source, error=text)
 
 
-def _unpack_groups(reading: Reading, heads: int | None, groups: Any) -> Reading:
+def _unpack_groups(reading: Reading, site: Site) -> Reading:
     """Undo the packing of grouped heads into the token dimension.
 
     With one query token, transformers hands the kernel `(B, h / g, g, d)` for h heads in groups of
     g: the same products, with heads where queries belong.
     """
     packed = reading.attention
-    if packed is None or packed.weights is not None or heads is None:
+    if packed is None or packed.weights is not None:
         return reading
     _, key_heads, count, _ = packed.shape
-    same = isinstance(groups, int) and groups > 1 and count == groups
-    if not same or key_heads * count != heads or packed.key.shape[1] != key_heads:
+    groups = getattr(site.module, "num_key_value_groups", 1)
+    if count == 1 or count != groups or key_heads * count != site.heads or packed.groups > 1:
         return reading
 
     def spread(tensor: Tensor) -> Tensor:

@@ -11,14 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vistvis.hooks.flow import PRODUCTS, SOFTMAX, Flow
-from vistvis.hooks.readings import (
-    SDPA,
-    KernelReader,
-    Notes,
-    Reading,
-    SdpaCall,
-    autocast_dtype,
-)
+from vistvis.hooks.readings import SDPA, KernelReader, Notes, Reading, SdpaCall, autocast_dtype
 
 _WATCHED = frozenset({SDPA, F.multi_head_attention_forward, *PRODUCTS, *SOFTMAX})
 
@@ -27,18 +20,8 @@ class KernelTap(TorchFunctionMode):
     """Reads the attention kernel calls of the module that runs while it is active.
 
     A call of `scaled_dot_product_attention` gives its queries and keys; eager code gives its
-    weights (`Flow`).
-
-    Parameters
-    ----------
-    reader
-        How calls are read.
-    notes
-        Where readings go.
-    active
-        Says whether the calls belong to this tap (False inside a nested site).
-    instead
-        Functions (of those watched) that are run by another, which reads what they hide.
+    weights (`Flow`). `active` says whether calls belong to this tap (False inside a nested site);
+    functions in `instead` (of those watched) are run by another, which reads what they hide.
     """
 
     def __init__(

@@ -12,19 +12,16 @@ SAMPLE = 5
 MASKED = -1e9
 
 
-def verify_reading(reading: Reading, *, sample: int = SAMPLE) -> None:
+def verify_reading(reading: Reading) -> None:
     """Recompute a sample of the kernel's output rows from the weights.
 
-    Raises
-    ------
-    CaptureError
-        If they differ by more than rounding in the kernel's dtype explains.
+    `CaptureError` if they differ by more than rounding in the kernel's dtype explains.
     """
     attention, value, output = reading.attention, reading.value, reading.output
     if attention is None or value is None or output is None:
         raise CaptureError("verify=True needs the kernel's values and output; they were not seen")
     count = attention.shape[2]
-    queries = sorted({round(i * (count - 1) / max(sample - 1, 1)) for i in range(sample)})
+    queries = sorted({round(i * (count - 1) / (SAMPLE - 1)) for i in range(SAMPLE)})
     rows = attention.rows(queries).to(value.device)
     again = rows @ value.to(rows.dtype)
     there = output[:, :, queries].to(rows.dtype)
@@ -52,12 +49,7 @@ def verify_reading(reading: Reading, *, sample: int = SAMPLE) -> None:
 def largest_logit(logits: Tensor, highest: Tensor) -> float:
     """The largest |logit| of keys that count: masked ones, at −10³⁸ say, tell nothing of rounding.
 
-    Parameters
-    ----------
-    logits
-        `(…, Nk)`.
-    highest
-        `(…, 1)`: the largest of every row.
+    `logits` is `(…, Nk)`, `highest` the largest of every row, `(…, 1)`.
     """
     counts = (logits > highest - 40) & (highest > MASKED)
     return float(logits[counts].abs().max()) if bool(counts.any()) else 1.0

@@ -1,14 +1,13 @@
 """Watching a model that runs: where passes begin and end, which site runs, what its kernels get.
 
-While a chosen module runs, a function mode sees the kernel calls it makes; outside of them nothing
-is watched, and nothing is replayed. What goes wrong while reading never breaks the user's forward:
-it is kept with the site.
+What goes wrong while reading never breaks the user's forward: it is kept with the site.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -62,8 +61,6 @@ class Watch:
             self.remove()
             raise
 
-    # -- life cycle ------------------------------------------------------------------------------
-
     def _attach(self) -> None:
         inner: nn.Module = getattr(self._model, "_orig_mod", self._model)
         for site in self._sites.values():
@@ -85,7 +82,6 @@ class Watch:
 
     @property
     def attached(self) -> bool:
-        """Whether the model is being watched."""
         return bool(self._undo)
 
     def remove(self) -> None:
@@ -233,12 +229,8 @@ class Watch:
         before = ProjectionTap(site.module) if self._options.projections else None
         running.append(mark)
         try:
-            if before is not None:
-                with before, tap:
-                    out = original(*args, **kwargs)
-            else:
-                with tap:
-                    out = original(*args, **kwargs)
+            with before or nullcontext(), tap:
+                out = original(*args, **kwargs)
         finally:
             running.pop()
         self._finish(SiteRun(site, multihead.notes, sizes, before))

@@ -77,25 +77,17 @@ def kind_and_block(name: str, type_name: str) -> tuple[str, int | None]:
 
 @dataclass(frozen=True)
 class ModuleTraits:
-    """What the code of an attention module does not say.
-
-    Attributes
-    ----------
-    refused
-        Why it has no token-to-token softmax matrix, though it carries the name of attention.
-    heads_at
-        Which leading dimension of its queries or weights are heads, where sizes may not tell; 0
-        stands for (batch · heads, windows).
-    head_by_head
-        It calls its kernel once for each head, in order.
-    two_calls
-        What two kernel calls of one run mean, if they can't be told apart.
-    """
+    """What the code of an attention module does not say."""
 
     refused: str = ""
+    """Why it has no token-to-token softmax matrix, though it carries the name of attention."""
     heads_at: int | None = None
+    """Which leading dimension of its queries or weights are heads, where sizes may not tell; 0
+    stands for (batch · heads, windows)."""
     head_by_head: bool = False
+    """It calls its kernel once for each head, in order."""
     two_calls: str = ""
+    """What two kernel calls of one run mean, if they can't be told apart."""
 
 
 def _refused(why: str) -> ModuleTraits:
@@ -144,7 +136,6 @@ MODULES: dict[str, ModuleTraits] = {
 
 
 def module_traits(module: nn.Module) -> ModuleTraits:
-    """What is known of a module's class; nothing special, usually."""
     cls = type(module)
     full = MODULES.get(f"{cls.__module__}.{cls.__name__}", ModuleTraits())
     return MODULES.get(cls.__name__, full)
@@ -224,11 +215,11 @@ def _timm(model: Any, shape: Shape) -> TokenLayout | None:
         return None
     tokens = (("cls_token", "cls"), ("dist_token", "distillation"))
     special = [kind for name, kind in tokens if getattr(model, name, None) is not None]
-    registers = getattr(model, "reg_token", None)
-    if registers is None:
-        registers = getattr(model, "register_tokens", None)
-    if registers is not None:
-        special += ["register"] * int(registers.shape[1])
+    for name in ("reg_token", "register_tokens"):
+        registers = getattr(model, name, None)
+        if registers is not None:
+            special += ["register"] * int(registers.shape[1])
+            break
     prefix = getattr(model, "num_prefix_tokens", None)
     if prefix is not None and int(prefix) != len(special):
         if int(prefix) < len(special) and getattr(model, "no_embed_class", None) is None:

@@ -13,20 +13,7 @@ from vistvis.tokens import TokenLayout
 
 
 def layout_from_model(model: nn.Module, images: Tensor | Sequence[int]) -> TokenLayout:
-    """The token layout that a known model gives to pictures.
-
-    Parameters
-    ----------
-    model
-        A timm, Hugging Face, torchvision, open_clip or VGGT-like model.
-    images
-        `(B, 3, H, W)`; for a VGGT-like model `(S, 3, H, W)` or `(B, S, 3, H, W)`. A shape will do.
-
-    Raises
-    ------
-    LayoutError
-        If the model's grid or special tokens are not known.
-    """
+    """As `TokenLayout.from_model`; a shape will do in place of images."""
     shape = tuple(int(n) for n in (images.shape if isinstance(images, Tensor) else images))
     inner: Any = getattr(model, "_orig_mod", model)
     if len(shape) < 3:

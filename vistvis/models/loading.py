@@ -29,25 +29,17 @@ GROUP = "vistvis.models"
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model in eval mode and the pictures it is to see.
-
-    Attributes
-    ----------
-    images
-        What the model takes.
-    pictures
-        `(B, S, 3, H, W)` in [0, 1]: the same before the model's normalisation.
-    watched
-        The part whose sites count; the model itself, usually.
-    names
-        Dotted name → name, for sites that go by another one: as `capture` takes it.
-    """
+    """A model in eval mode and the pictures it is to see."""
 
     model: nn.Module
     images: Tensor
+    """What the model takes."""
     pictures: Tensor
+    """`(B, S, 3, H, W)` in [0, 1]: the same before the model's normalisation."""
     watched: nn.Module
+    """The part whose sites count; the model itself, usually."""
     names: Mapping[str, str] = field(default_factory=dict)
+    """As `capture` takes them."""
 
     def sites(self, chooser: Chooser = None) -> SiteList:
         """The chosen sites under their names, in the order in which they run."""
@@ -62,13 +54,7 @@ def load(
     dtype: str | None = None,
     size: int | None = None,
 ) -> LoadedModel:
-    """The model that `name` means, with pictures.
-
-    Raises
-    ------
-    InputError
-        If no loader, model or picture of that name is there.
-    """
+    """The model that `name` means, with pictures; `InputError` if one of them is not there."""
     loader, colon, model = name.partition(":")
     loaders = {entry.name: entry.load for entry in metadata.entry_points(group=GROUP)}
     loaders["timm"] = lambda: load_timm
@@ -80,9 +66,9 @@ def load(
             f"{', '.join(f'{one}:NAME' for one in sorted(loaders))}"
         )
     files = [Path(file) for file in images]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"no picture {file}")
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise InputError(f"no picture {missing[0]}")
     loaded: LoadedModel = loaders[loader]()(
         model, device=device, dtype=dtype, images=files, size=size
     )
@@ -90,12 +76,7 @@ def load(
 
 
 def load_timm(
-    model: str,
-    *,
-    device: str | None,
-    dtype: str | None,
-    images: Sequence[Path],
-    size: int | None,
+    model: str, *, device: str | None, dtype: str | None, images: Sequence[Path], size: int | None
 ) -> LoadedModel:
     """A timm model: `NAME`, `NAME@random` for untrained weights, `NAME@FILE` for a checkpoint."""
     place, number = device_of(device), dtype_of(dtype or "float32")

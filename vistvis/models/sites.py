@@ -7,7 +7,7 @@ works for classes that nobody has listed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, overload
 
@@ -30,7 +30,8 @@ class Site:
     """One attention module of a model.
 
     `name` is its dotted name, or the name that a front end gave it; `path` is always the dotted
-    one. `source` says how its attention will be read: "kernel" (what reaches
+    one. `kind` is "self", "cross", "window", "frame" or "global". `heads` is None where the module
+    does not say. `source` says how its attention will be read: "kernel" (what reaches
     `scaled_dot_product_attention`), "softmax" (the weights that eager code computes), "module"
     (`nn.MultiheadAttention`), or "kernel or softmax" where the module decides when it runs.
     `refused` is the reason why it can't be read, or empty.
@@ -55,7 +56,6 @@ class Site:
 
     @property
     def traits(self) -> ModuleTraits:
-        """What is known of the module's class beside its code."""
         return module_traits(self.module)
 
     def matches(self, pattern: str) -> bool:
@@ -73,8 +73,7 @@ class Site:
     ) -> SiteInfo:
         """The description that attention of this shape `(B, h, Nq, Nk)` carries.
 
-        `layout` is that of all pictures of the pass; which part of it fits which side is told by
-        the numbers of queries and keys.
+        `layout` is that of all pictures of the pass.
         """
         query_layout = key_layout = None
         frames_in_batch = False
@@ -115,9 +114,8 @@ class SiteList(Sequence[Site]):
     @overload
     def __getitem__(self, index: slice) -> SiteList: ...
     def __getitem__(self, index: int | slice) -> Site | SiteList:
-        if isinstance(index, slice):
-            return SiteList(self._sites[index])
-        return self._sites[index]
+        chosen = self._sites[index]
+        return SiteList(chosen) if isinstance(chosen, tuple) else chosen
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -130,19 +128,13 @@ class SiteList(Sequence[Site]):
     def named(self, names: Mapping[str, str]) -> SiteList:
         """The same sites under names of a front end's own: dotted name → name.
 
-        Those that are named come first, in the order of `names`.
-
-        Raises
-        ------
-        SiteError
-            If there is no site of a dotted name.
-        InputError
-            If two sites would have one name.
+        Those that are named come first, in the order of `names`. `SiteError` if there is no site of
+        a dotted name, `InputError` if two sites would have one name.
         """
         by_path = {site.path: site for site in self._sites}
         for path in names:
             if path not in by_path:
-                raise SiteError(no_match(path, self))
+                raise SiteError(_no_match(path, self))
         renamed = [replace(by_path.pop(path), name=name) for path, name in names.items()]
         sites = SiteList([*renamed, *by_path.values()])
         twice = [name for name in set(sites.names) if sites.names.count(name) > 1]
@@ -173,24 +165,21 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def find_sites(model: nn.Module) -> SiteList:
-    """List the attention modules of a model, without running it.
-
-    Returns
-    -------
-    SiteList
-        In the order of `model.named_modules()`: name, module, kind ("self", "cross", "window",
-        "frame", "global"), heads where the module says, and how queries and keys will be read.
+    """List the attention modules of a model, in the order of `model.named_modules()`.
 
     Cost: looks at every module's class once; no forward.
     """
-    return SiteList(_walk(model))
+    found = []
+    for name, module in model.named_modules():
+        if module is not model and type(module).__name__ == "OptimizedModule":
+            continue
+        clean = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        found.append(_site(clean or type(module).__name__, module))
+    return SiteList(site for site in found if site is not None)
 
 
 def choose_sites(sites: SiteList, chooser: Chooser) -> SiteList:
-    """The sites that a glob, a list of names or globs, or a predicate names.
-
-    In a glob `*` stands for anything within one part of a dotted name, `**` for any number of
-    parts. None takes every site that can be read.
+    """The sites that a chooser means, as `capture` takes it.
 
     Raises
     ------
@@ -216,15 +205,14 @@ def choose_sites(sites: SiteList, chooser: Chooser) -> SiteList:
     for pattern in [chooser] if isinstance(chooser, str) else chooser:
         meant = [site for site in sites if site.matches(pattern)]
         if not meant:
-            raise SiteError(no_match(pattern, sites))
+            raise SiteError(_no_match(pattern, sites))
         names.update(_readable(meant, sites).names)
     if not names:
         raise SiteError(f"no sites were named; {_some(sites.names)}")
     return SiteList(site for site in sites if site.name in names)
 
 
-def no_match(pattern: str, sites: SiteList) -> str:
-    """What to say of a name or glob that no site has."""
+def _no_match(pattern: str, sites: SiteList) -> str:
     near = nearest(pattern, sites.names, cutoff=0.3)
     hint = f"nearest: {', '.join(near)}" if near else _some(sites.names)
     return f"no site {pattern!r}: {hint}; list them with find_sites(model)"
@@ -244,19 +232,6 @@ def _readable(chosen: Sequence[Site], sites: SiteList) -> SiteList:
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:4])
     return f"the model has {shown}" + (f", … {names[-1]}" if len(names) > 4 else "")
-
-
-# -- walking a model -----------------------------------------------------------------------------
-
-
-def _walk(model: nn.Module) -> Iterator[Site]:
-    for name, module in model.named_modules():
-        clean = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        if module is not model and type(module).__name__ == "OptimizedModule":
-            continue
-        site = _site(clean or type(module).__name__, module)
-        if site is not None:
-            yield site
 
 
 def _site(name: str, module: nn.Module) -> Site | None:
@@ -299,9 +274,8 @@ def _source(module: nn.Module) -> str:
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    if families.ATTENTION_CLASS.search(type(module).__name__):
-        return True
-    return any(hasattr(module, name) for name in families.PROJECTIONS)
+    named = families.ATTENTION_CLASS.search(type(module).__name__)
+    return bool(named) or any(hasattr(module, name) for name in families.PROJECTIONS)
 
 
 def _heads(module: nn.Module) -> int | None:

@@ -18,14 +18,8 @@ def window_of(
 ) -> WindowInfo | None:
     """How `cutter`, a block that cuts windows, did so; None unless everything fits together.
 
-    Parameters
-    ----------
-    cutter
-        A block with `window_size` or `partition_size`, and perhaps `shift_size`.
-    shape
-        Of its input, `(B, rows, cols, C)`, or `(B, N, C)` with `sizes` as `(rows, cols)`.
-    attention
-        What its attention module gave, `(B · windows, h, n, n)`.
+    `shape` is that of its input, `(B, rows, cols, C)`, or `(B, N, C)` with `sizes` as
+    `(rows, cols)`; its attention module gave `attention`, `(B · windows, h, n, n)`.
     """
     window = _pair(next((getattr(cutter, n) for n in WINDOW_SIZES if hasattr(cutter, n)), None))
     grid = _pair(sizes) if len(shape) == 3 else (int(shape[1]), int(shape[2]))
@@ -47,10 +41,9 @@ def _pair(value: Any) -> tuple[int, int] | None:
     if isinstance(value, (tuple, list)):
         return (int(value[0]), int(value[1])) if len(value) == 2 else None
     try:
-        number = operator.index(value)
+        return (operator.index(value),) * 2
     except TypeError:
         return None
-    return number, number
 
 
 def window_cutter(model: nn.Module, name: str, module: nn.Module) -> nn.Module | None:
