@@ -62,12 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
     from vistvis.decorators.paths import StaticMetadata
     from vistvis.views.pdf import plot_attention_for_reconstruction
 
-    metadata = None
     sizes = (arguments.patch_size, arguments.special_tokens)
-    if any(size is not None for size in sizes):
-        if None in sizes:
-            raise InputError("give --patch-size and --special-tokens together")
-        metadata = StaticMetadata(*sizes)
+    if sizes.count(None) == 1:
+        raise InputError("give --patch-size and --special-tokens together")
+    metadata = None if None in sizes else StaticMetadata(*sizes)
     keys = arguments.key_frame or [str(arguments.query_frame)]
     written = run_overlay_for_reconstruction(
         _open(arguments),

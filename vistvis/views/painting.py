@@ -5,7 +5,6 @@ Pictures are uint8 `(H, W, 3)`; maps are float, one value per patch or per pixel
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -130,24 +129,16 @@ def colour_indices(values: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def colour_table(cmap: str | Colormap) -> NDArray[np.uint8]:
     """A colour map as 256 colours, uint8 `(256, 3)`; InputError where matplotlib has none such."""
-    if isinstance(cmap, str):
-        return _named_table(cmap)
-    colours = np.asarray(cmap(np.linspace(0, 1, _LEVELS)))[:, :3]
-    table: NDArray[np.uint8] = np.rint(colours * 255).astype(np.uint8)
-    return table
-
-
-@functools.lru_cache(maxsize=16)
-def _named_table(name: str) -> NDArray[np.uint8]:
     import matplotlib
 
     try:
-        table = colour_table(matplotlib.colormaps[name])
+        colour_of = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
     except KeyError as error:
         raise InputError(
-            f"matplotlib has no colour map {name!r}; list them with list(matplotlib.colormaps)"
+            f"matplotlib has no colour map {cmap!r}; list them with list(matplotlib.colormaps)"
         ) from error
-    table.setflags(write=False)
+    colours = np.asarray(colour_of(np.linspace(0, 1, _LEVELS)))[:, :3]
+    table: NDArray[np.uint8] = np.rint(colours * 255).astype(np.uint8)
     return table
 
 

@@ -33,7 +33,10 @@ class PdfPage:
 
     def __init__(self, file: BinaryIO, width: float, height: float, *, title: str) -> None:
         self._file = file
-        self._page = _blank(width, height)
+        self._page = FPDF(unit="pt", format=(width, height))
+        self._page.set_auto_page_break(False)
+        self._page.set_margin(0)
+        self._page.add_page()
         self._page.set_title(title)
 
     def jpeg(self, data: bytes, box: Box) -> None:
@@ -86,17 +89,9 @@ def text_width(text: str, size: float) -> float:
 
 @functools.cache
 def _ruler() -> FPDF:
-    page = _blank(100, 100)
-    page.set_font("Helvetica", "", 100)
-    return page
-
-
-def _blank(width: float, height: float) -> FPDF:
-    page = FPDF(unit="pt", format=(width, height))
-    page.set_auto_page_break(False)
-    page.set_margin(0)
-    page.add_page()
-    return page
+    ruler = FPDF(unit="pt")
+    ruler.set_font("Helvetica", "", 100)
+    return ruler
 
 
 def _latin(text: str) -> str:

@@ -166,9 +166,8 @@ def pick_patches(image: NDArray[np.uint8], layout: TokenLayout, *, title: str = 
 
 
 def _check_display() -> None:
-    if not sys.platform.startswith("linux"):
-        return
-    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform.startswith("linux") and not shown:
         raise DisplayError(
             f"no display: neither DISPLAY nor WAYLAND_DISPLAY is set, so no window can be opened; "
             f"{_ALTERNATIVES}"
