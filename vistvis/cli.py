@@ -68,19 +68,18 @@ def guarded(program: str, call: Callable[[], int]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (VistvisError, OSError) as error:
-            _say(program, f"error: {_text(error)}")
-            return USAGE_ERROR
+            text = _text(error)
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] in ("", "vistvis", "vggt_adapter"):
                 raise
-            _say(program, f"error: {error}; install it: pip install {error.name}")
-            return USAGE_ERROR
+            text = f"{error}; install it: pip install {error.name}"
         except (MemoryError, RuntimeError) as error:
             # torch's own class is not imported here: a command that never loads torch stays quick.
-            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-                _say(program, f"error: out of memory: {_text(error)}")
-                return USAGE_ERROR
-            raise
+            if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+                raise
+            text = f"out of memory: {_text(error)}"
+    _say(program, f"error: {text}")
+    return USAGE_ERROR
 
 
 def load(name: str) -> Any:

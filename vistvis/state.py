@@ -53,15 +53,13 @@ class LayerState:
 
     def reset(self, identifier: str | None = None) -> None:
         """Let `identifier` (or all of them) start at layer 0 again."""
+
+        def others(layers: Mapping[str, int]) -> dict[str, int]:
+            return {name: layer for name, layer in layers.items() if identifier not in (name, None)}
+
         with self._lock:
-            if identifier is None:
-                self._starts.clear()
-                self._layers.set({})
-                return
-            self._starts.pop(identifier, None)
-        own = dict(self._layers.get({}))
-        own.pop(identifier, None)
-        self._layers.set(own)
+            self._starts = others(self._starts)
+        self._layers.set(others(self._layers.get({})))
 
     def _set(self, identifier: str, number: int) -> None:
         self._layers.set({**self._layers.get({}), identifier: number})

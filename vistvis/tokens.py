@@ -79,10 +79,7 @@ class TokenLayout:
     patch_size
         `(height, width)` of a patch in pixels; an int means square.
 
-    Raises
-    ------
-    LayoutError
-        If a size is not positive.
+    Sizes that are not positive are a `LayoutError`.
 
     >>> layout = TokenLayout(20, (28, 37), ("camera",) + ("register",) * 4)
     >>> print(layout.locate(20280))
@@ -192,12 +189,8 @@ class TokenLayout:
         """The absolute index of one token, named in exactly one way.
 
         Name it by `token` (place within its frame), by `patch`, by `row` and `col`, or by the
-        `kind` of a special token (`nth` counts among those of that kind).
-
-        Raises
-        ------
-        LayoutError
-            If the token is named in no way or in two, or does not exist.
+        `kind` of a special token (`nth` counts among those of that kind). `LayoutError` if it is
+        named in no way or in two, or does not exist.
         """
         ways = sum(way is not None for way in (token, patch, row, kind or None))
         if ways != 1 or (row is None) != (col is None):
@@ -299,19 +292,10 @@ class TokenLayout:
 
     @classmethod
     def from_model(cls, model: nn.Module, images: torch.Tensor) -> TokenLayout:
-        """The layout that a known model gives to a batch of pictures.
+        """The layout that a timm, Hugging Face, torchvision, open_clip or VGGT-like model gives.
 
-        Parameters
-        ----------
-        model
-            A timm, Hugging Face, torchvision, open_clip or VGGT-like model.
-        images
-            `(B, 3, H, W)`, or `(S, 3, H, W)` / `(B, S, 3, H, W)` for a VGGT-like model.
-
-        Raises
-        ------
-        LayoutError
-            If the model's grid or special tokens are not known; pass a layout by hand then.
+        `images` are `(B, 3, H, W)`, or `(S, 3, H, W)` / `(B, S, 3, H, W)` for a VGGT-like model.
+        `LayoutError` if the grid or special tokens are not known; pass a layout by hand then.
         """
         from vistvis.models.layouts import layout_from_model
 

@@ -46,17 +46,8 @@ class Attention(LazyRows):
     Weights are float32, or float64 where the queries are; queries and keys stay in their own dtype.
     Indexing follows torch (`attention[0, 3, 500]` is one row) and returns real tensors. Any torch
     function, tensor method or `np.asarray` builds the dense matrix, under the limit of `dense`.
-    `weights` is None, but for attention made by `from_weights`.
-
-    Raises
-    ------
-    InputError
-        If shapes, dtypes or devices do not fit together.
-
-    Notes
-    -----
-    The formula is Vaswani et al., "Attention Is All You Need", section 3.2.1. What each call costs
-    stands with it.
+    `weights` is None, but for attention made by `from_weights`. `InputError` if shapes, dtypes or
+    devices do not fit together. The formula: Vaswani et al., "Attention Is All You Need", 3.2.1.
     """
 
     weights: Tensor | None = None
@@ -112,8 +103,6 @@ class Attention(LazyRows):
         held, dense = bytes_text(self.nbytes), bytes_text(self._bytes_of(self.shape))
         return f"Attention({', '.join(parts)}; holds {held}, dense would be {dense})"
 
-    # -- making others -------------------------------------------------------------------------
-
     def with_site(self, site: SiteInfo | None) -> Attention:
         """The same weights (nothing is copied) from another site description."""
         other = self.__class__.__new__(self.__class__)
@@ -139,7 +128,6 @@ class Attention(LazyRows):
         )
 
     def cpu(self) -> Attention:
-        """Q and K in host memory, staying lazy."""
         return self.to("cpu")
 
     def detach(self) -> Attention:
@@ -151,8 +139,6 @@ class Attention(LazyRows):
         # A detached tensor counts its versions together with its origin, and drops the graph.
         other._held = [(tensor.detach(), version) for tensor, version in self._held]
         return other
-
-    # -- beside rows ---------------------------------------------------------------------------
 
     def columns(
         self, keys: Selection, *, batch: Selection = None, heads: Selection = None
@@ -175,11 +161,7 @@ class Attention(LazyRows):
         """log Σ exp(logits) of every row, `(B, h, Nq)`; −inf for a row without any key. Kept.
 
         Cost: `B·h·Nq·Nk·d` multiply-adds the first time, in chunks of a few tens of megabytes.
-
-        Raises
-        ------
-        InputError
-            For attention made from weights, which has no logits.
+        `InputError` for attention made from weights, which has no logits.
         """
         self.check_unwritten()
         if self._log_sum_exp is not None:
@@ -193,14 +175,12 @@ class Attention(LazyRows):
     def logits(
         self, queries: Selection, *, batch: Selection = None, heads: Selection = None
     ) -> Tensor:
-        """What enters the softmax, `scale · q·k + mask`, `(B', h', Q, Nk)`: not weights.
+        """What enters the softmax, `scale · q·k + mask`, `(B', h', Q, Nk)`.
 
-        Raises as `log_sum_exp`.
+        `InputError` as for `log_sum_exp`.
         """
         self.check_unwritten()
         return self._logits(self._taken(batch, heads, queries, None))
-
-    # -- how it is computed --------------------------------------------------------------------
 
     def _head(self, batch: Any, head: Any) -> tuple[Tensor, Tensor, float | Tensor]:
         """Queries `(Nq, d)`, keys `(Nk, d)` and scale of one head."""

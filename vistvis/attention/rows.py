@@ -72,17 +72,11 @@ class LazyRows(TensorLike):
     def rows(
         self, queries: Selection, *, batch: Selection = None, heads: Selection = None
     ) -> Tensor:
-        """Weights of chosen queries over all keys.
+        """Weights of chosen queries over all keys, `(B', h', Q, Nk)`.
 
-        Parameters
-        ----------
-        queries, batch, heads
-            An int, slice, list or int tensor; negative counts from the end; None takes all. An int
-            keeps its dimension here (unlike in indexing).
-
-        Returns
-        -------
-        `(B', h', Q, Nk)`; every row sums to 1, or is zero where a mask leaves no key.
+        Every row sums to 1, or is zero where a mask leaves no key. Each selection is an int, slice,
+        list or int tensor; negative counts from the end; None takes all. An int keeps its dimension
+        here (unlike in indexing).
 
         Cost: `B'·h'·Q·Nk·d` multiply-adds; memory of the result and its logits.
         """
@@ -128,13 +122,7 @@ class LazyRows(TensorLike):
             yield index, self._block((*part, ALL))
 
     def dense(self, *, max_bytes: int = DENSE_LIMIT) -> Tensor:
-        """The whole matrix, `(B, h, Nq, Nk)`.
-
-        Raises
-        ------
-        DenseLimitError
-            If it would be larger than `max_bytes` (default 2 GiB).
-        """
+        """The whole matrix; `DenseLimitError` if it is larger than `max_bytes` (default 2 GiB)."""
         self.check_unwritten()
         size = self._bytes_of(self.shape)
         if size > max_bytes:
@@ -162,8 +150,6 @@ class LazyRows(TensorLike):
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[b] for b in range(len(self)))
-
-    # -- for subclasses ------------------------------------------------------------------------
 
     def _is_plain(self, *numbers: Any) -> bool:
         return self._plain and all(type(number) is int for number in numbers)

@@ -45,21 +45,15 @@ def stitch(
     Parameters
     ----------
     attention
-        Of a site with `site.window`, `(B · windows, h, n, n)`.
+        Of a site with `site.window`, `(B · windows, h, n, n)`; another is an `InputError`.
     row, col, picture
-        The query's place in the grid of tokens, and which picture of the batch it lies in.
+        The query's place in the grid of tokens, and which picture of the batch it lies in;
+        `IndexOutOfRange` if there is none.
 
     Returns
     -------
     `(h', rows, cols)`: zero outside the query's window. With padding, or a mask that keeps
     wrapped-around neighbours apart, a row may sum to less than 1 here: the rest lies on padding.
-
-    Raises
-    ------
-    InputError
-        If the site has no window description.
-    IndexOutOfRange
-        If the position or the picture does not exist.
     """
     info = attention.site.window if attention.site else None
     if info is None:

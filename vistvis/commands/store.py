@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import TYPE_CHECKING
 
 from vistvis.devices import DTYPES
-
-if TYPE_CHECKING:
-    from vistvis.attention import Attention
 
 HELP = "run a model over pictures and store the queries and keys of its attention"
 
@@ -52,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `vistvis store`; prints what was stored."""
     import torch
 
+    from vistvis.attention import Attention
     from vistvis.hooks.capture import capture
     from vistvis.models.loading import load
     from vistvis.progress import progress
@@ -70,10 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         expected=names,
         images=loaded.pictures,
         model=arguments.model,
-        metadata={
-            "pictures": [str(path) for path in arguments.images],
-            "dtype": arguments.dtype,
-        },
+        metadata={"pictures": [str(path) for path in arguments.images], "dtype": arguments.dtype},
         resume=not arguments.anew,
     ) as writer:
         had = len(writer.finished)
@@ -87,5 +80,5 @@ def run(arguments: argparse.Namespace) -> int:
             loaded.model(loaded.images)
     stored = open_run(arguments.out)
     went_on = f", {had} of them before" if had else ""
-    sys.stdout.write(f"{stored!r}{went_on}\n")
+    print(f"{stored!r}{went_on}")
     return 0

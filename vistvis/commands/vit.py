@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     picture = to_rgb(loaded.pictures)[0, 0]
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{Path(arguments.photo).stem}_{site}_{arguments.query}".replace(",", "-")
+    stem = f"{Path(arguments.photo).stem}_{site}_{arguments.query}"
     stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in stem)
     title = f"{arguments.model}, {site}, query: {place.kind} (token {token})"
     figure = head_grid(picture, maps, title=title, box=place.box, norm=arguments.norm)

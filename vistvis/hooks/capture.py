@@ -67,9 +67,8 @@ def capture(
 
     Returns
     -------
-    Capture
-        A context manager and a mapping from site name to `Attention`, in model order. Its hooks are
-        on from this call until `close()` or the end of the `with` block.
+    A context manager and a mapping from site name to `Attention`, in model order. Its hooks are on
+    from this call until `close()` or the end of the `with` block.
 
     Raises
     ------
@@ -97,9 +96,7 @@ def capture(
 class Capture(Mapping[str, Attention]):
     """Captured attention by site name, in model order; made by `capture`.
 
-    `captured[name]` is an `Attention` (a list of them with `accumulate=True`); a site that could
-    not be read is in the mapping too, and raises the reason. `report()` says what was expected,
-    what ran, how often, and what did not and why.
+    A site that could not be read is in the mapping too, and raises the reason.
     """
 
     def __init__(

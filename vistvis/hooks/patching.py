@@ -67,9 +67,9 @@ def attach(module: nn.Module, listener: Listener, *, method: str = "forward") ->
 def detach(module: nn.Module, listener: Listener, *, method: str = "forward") -> None:
     """Take it off; with the last one gone, the instance is as it was. Twice does no harm."""
     with _LOCK:
-        patches = _PATCHES.get(module)
-        patch = patches.get(method) if patches else None
-        if patches is None or patch is None:
+        patches = _PATCHES.get(module, {})
+        patch = patches.get(method)
+        if patch is None:
             return
         patch.listeners = tuple(one for one in patch.listeners if one is not listener)
         patch.apply(module)

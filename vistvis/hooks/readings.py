@@ -71,11 +71,7 @@ class Keeping:
     def mask(self, mask: Tensor, dtype: torch.dtype | None) -> Tensor:
         """A mask, kept: one copy, as large as a dense matrix, serves all that use it in a pass."""
         # A broadcast dimension is kept as one.
-        thin = [
-            slice(0, 1) if step == 0 and size > 1 else slice(None)
-            for step, size in zip(mask.stride(), mask.shape, strict=True)
-        ]
-        compact = mask[tuple(thin)] if thin else mask
+        compact = mask[tuple(slice(0, 1) if step == 0 else slice(None) for step in mask.stride())]
         mark = (compact.data_ptr(), compact.shape, compact.stride(), compact.dtype, dtype)
         copy = self.masks.get(mark)
         # The original is held on to, so its address is its own; compared, because it may have been

@@ -5,14 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from vistvis.models.code import reached_names
-from vistvis.models.families import UNREADABLE
+from vistvis.models.families import unreadable_packages
 from vistvis.models.sites import Site
 
 
 def why_unseen(site: Site) -> str:
     """Why a site that ran showed no kernel call."""
-    names = reached_names(type(site.module))
-    unreadable = sorted({UNREADABLE[name] for name in names & set(UNREADABLE)})
+    unreadable = unreadable_packages(reached_names(type(site.module)))
     implementation = getattr(getattr(site.module, "config", None), "_attn_implementation", None)
     if implementation not in (None, "sdpa", "eager"):
         return (

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vistvis.hooks.flow import PRODUCTS, SOFTMAX, Flow
-from vistvis.hooks.readings import SDPA, KernelReader, Notes, Reading, SdpaCall, autocast_dtype
+from vistvis.hooks.readings import SDPA, KernelReader, Notes, SdpaCall, autocast_dtype
 
 _WATCHED = frozenset({SDPA, F.multi_head_attention_forward, *PRODUCTS, *SOFTMAX})
 
@@ -52,16 +52,16 @@ class KernelTap(TorchFunctionMode):
         if func is SDPA:
             out = SDPA(*args, **kwargs)
             if self._active():
-                self._notes.take("kernel", lambda: self._read(SdpaCall(*args, **kwargs), out))
+                sdpa = self._reader.sdpa
+                self._notes.take(
+                    "kernel", lambda: sdpa(SdpaCall(*args, **kwargs), out, autocast_dtype(out))
+                )
             return out
         if func in self._instead and self._active():
             return self._instead[func](*args, **kwargs)
         out = func(*args, **kwargs)
         self._flow.follow(func, args, kwargs, out)
         return out
-
-    def _read(self, call: SdpaCall, out: Tensor) -> Reading:
-        return self._reader.sdpa(call, out, autocast_dtype(call.query))
 
 
 class PassBegan(NamedTuple):

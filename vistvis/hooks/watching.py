@@ -5,6 +5,7 @@ What goes wrong while reading never breaks the user's forward: it is kept with t
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -276,12 +277,10 @@ def _entries(model: nn.Module) -> list[str]:
     """Methods that are ways into the model beside `forward`."""
     names = []
     for name in dir(type(model)):
-        if not name.startswith(ENTRIES) or hasattr(nn.Module, name):
-            continue
-        owner = next((cls for cls in type(model).__mro__ if name in cls.__dict__), None)
-        method = owner.__dict__[name] if owner else None
-        if callable(method) and not isinstance(method, type):
-            names.append(name)
+        if name.startswith(ENTRIES) and not hasattr(nn.Module, name):
+            method = inspect.getattr_static(type(model), name, None)
+            if callable(method) and not isinstance(method, type):
+                names.append(name)
     return names
 
 

@@ -57,6 +57,11 @@ UNREADABLE = {
 }
 
 
+def unreadable_packages(names: frozenset[str]) -> list[str]:
+    """Packages of the unreadable kernels among names of code."""
+    return sorted({UNREADABLE[name] for name in names & UNREADABLE.keys()})
+
+
 def kind_and_block(name: str, type_name: str) -> tuple[str, int | None]:
     """Kind and block number of a site, from the words that names of modules and classes use."""
     alternating = re.search(r"(?:^|\.)(frame|global)_blocks\.(\d+)(?:\.|$)", name)
@@ -65,9 +70,8 @@ def kind_and_block(name: str, type_name: str) -> tuple[str, int | None]:
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
     block = int(numbers[-1]) if numbers else None
     last, type_name = name.rsplit(".", 1)[-1].lower(), type_name.lower()
-    if "cross" in type_name or "cross" in last or "encdec" in last:
-        return "cross", block
-    if last in ("multihead_attn", "encoder_attn"):
+    crossing = "cross" in last or "encdec" in last or last in ("multihead_attn", "encoder_attn")
+    if crossing or "cross" in type_name:
         return "cross", block
     return ("window" if "window" in type_name or "swin" in type_name else "self"), block
 

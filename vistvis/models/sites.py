@@ -78,11 +78,10 @@ class Site:
         query_layout = key_layout = None
         frames_in_batch = False
         if layout is not None:
-            batch, _, queries, keys = shape
-            one = layout.frame_layout()
-            query_layout, key_layout = layout.sides(queries, keys)
-            folded = layout.frames > 1 and batch % layout.frames == 0
-            frames_in_batch = query_layout == one and (folded or self.kind == "frame")
+            batch, _, *sizes = shape
+            query_layout, key_layout = layout.sides(*sizes)
+            folded = self.kind == "frame" or (layout.frames > 1 and batch % layout.frames == 0)
+            frames_in_batch = folded and query_layout == layout.frame_layout()
         return SiteInfo(
             name=self.name,
             path=self.path,
@@ -181,11 +180,7 @@ def find_sites(model: nn.Module) -> SiteList:
 def choose_sites(sites: SiteList, chooser: Chooser) -> SiteList:
     """The sites that a chooser means, as `capture` takes it.
 
-    Raises
-    ------
-    SiteError
-        If there is no site, or a name or glob matches none; the text gives the nearest names. If a
-        site named in full can't be read, the text gives the reason.
+    `SiteError` if there is none: the text gives the nearest names, or why it can't be read.
     """
     if not sites:
         raise SiteError(
@@ -269,7 +264,7 @@ def _source(module: nn.Module) -> str:
         return "kernel or softmax" if soft and fused_flag is None else "kernel"
     if soft and _looks_like_attention(module):
         return "softmax"
-    packages = sorted({families.UNREADABLE[name] for name in names & set(families.UNREADABLE)})
+    packages = families.unreadable_packages(names)
     return f"nothing ({', '.join(packages)} only)" if packages else ""
 
 
