@@ -1,9 +1,8 @@
 """VGGT's aggregator: the part of the model that attends.
 
 Written from the paper (Wang et al., "VGGT: Visual Geometry Grounded Transformer", CVPR 2025) and
-from the behaviour of the published model. Names in the state dict are those of the published
-checkpoints, so that these load; the heads (camera, depth, points, tracks) are left out, because
-attention does not need them.
+from the behaviour of the published model, with the names of its checkpoints, so that these load.
+The heads (camera, depth, points, tracks) are left out, because attention does not need them.
 
 Symbols: B batch, S frames, P tokens per frame, N tokens, C width, h heads, d head width.
 """
@@ -11,6 +10,7 @@ Symbols: B batch, S frames, P tokens per frame, N tokens, C width, h heads, d he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,6 @@ class RotaryPositions(nn.Module):
         return tokens * cos + partners * sin
 
     def forget(self) -> None:
-        """Drop the tables that the last positions left behind."""
         self._tables = ()
 
     def _cos_sin(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,14 +124,13 @@ class LayerScale(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with the exact (erf) GELU between."""
-
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        # The exact (erf) GELU.
         return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
 
 
@@ -191,23 +189,14 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchProjection(config.patch_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, width))
-        self.register_tokens = (
-            nn.Parameter(torch.zeros(1, vit.num_register_tokens, width))
-            if vit.num_register_tokens
-            else None
-        )
+        self.register_tokens = None
+        if vit.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, vit.num_register_tokens, width))
         # Only masked training uses it; published checkpoints carry it.
         self.mask_token = nn.Parameter(torch.zeros(1, width))
+        options: dict[str, Any] = {"mlp_ratio": vit.mlp_ratio, "eps": 1e-6, "init_values": 1.0}
         self.blocks = nn.ModuleList(
-            Block(
-                width,
-                vit.num_heads,
-                mlp_ratio=vit.mlp_ratio,
-                qk_norm=False,
-                eps=1e-6,
-                init_values=1.0,
-            )
-            for _ in range(vit.depth)
+            Block(width, vit.num_heads, qk_norm=False, **options) for _ in range(vit.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.reset_parameters()
@@ -241,15 +230,13 @@ class VisionTransformer(nn.Module):
         batch = tokens.shape[0]
         tokens = torch.cat((self.cls_token.expand(batch, -1, -1), tokens), 1)
         tokens = tokens + self.positions(rows, cols)
-        skipped = 1
         if self.register_tokens is not None:
             registers = self.register_tokens.expand(batch, -1, -1)
             tokens = torch.cat((tokens[:, :1], registers, tokens[:, 1:]), 1)
-            skipped += self.num_register_tokens
         save = self.training and self.gradient_checkpointing
         for block in self.blocks:
             tokens = _run(block, tokens, None, save=save)
-        return self.norm(tokens)[:, skipped:]  # type: ignore[no-any-return]
+        return self.norm(tokens)[:, 1 + self.num_register_tokens :]  # type: ignore[no-any-return]
 
 
 class Aggregator(nn.Module):
@@ -265,7 +252,7 @@ class Aggregator(nn.Module):
     patch_start_idx
         Special tokens at the start of every frame (camera, then registers).
     patch_size, embed_dim, depth, num_heads
-        As in the configuration.
+        As in `VGGTConfig`.
     gradient_checkpointing
         True: in train mode blocks are run again in the backward pass instead of being kept.
         Set it to False to train faster where memory allows.
@@ -276,31 +263,19 @@ class Aggregator(nn.Module):
 
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
-        width = config.embed_dim
+        width, heads, vit = config.embed_dim, config.num_heads, config.vit
         self.patch_size, self.embed_dim = config.patch_size, width
-        self.depth, self.num_heads = config.depth, config.num_heads
+        self.depth, self.num_heads = config.depth, heads
         self.patch_start_idx = 1 + config.num_register_tokens
-        vit = config.vit
         self.patch_embed = (
-            PatchProjection(config.patch_size, width)
-            if vit is None
-            else VisionTransformer(config, vit)
+            VisionTransformer(config, vit) if vit else PatchProjection(config.patch_size, width)
         )
         self.rope = RotaryPositions(config.rope_frequency)
-
-        def blocks() -> nn.ModuleList:
-            return nn.ModuleList(
-                Block(
-                    width,
-                    config.num_heads,
-                    mlp_ratio=config.mlp_ratio,
-                    rope=self.rope,
-                    init_values=config.init_values,
-                )
-                for _ in range(config.depth)
-            )
-
-        self.frame_blocks, self.global_blocks = blocks(), blocks()
+        options: dict[str, Any] = {"mlp_ratio": config.mlp_ratio, "init_values": config.init_values}
+        self.frame_blocks, self.global_blocks = (
+            nn.ModuleList(Block(width, heads, rope=self.rope, **options) for _ in range(self.depth))
+            for _ in ("frame", "global")
+        )
         self.camera_token = nn.Parameter(torch.empty(1, 2, 1, width))
         self.register_token = nn.Parameter(torch.empty(1, 2, config.num_register_tokens, width))
         nn.init.normal_(self.camera_token, std=1e-6)
@@ -362,7 +337,7 @@ class Aggregator(nn.Module):
         return [outputs[index] for index in returned], self.patch_start_idx
 
     def _checked(self, images: Tensor) -> Tensor:
-        """Images as (B, S, 3, H, W), or an InputError that says what they are not."""
+        """Images as (B, S, 3, H, W), or InputError."""
         if not isinstance(images, Tensor):
             raise InputError(
                 f"images must be a tensor, got {type(images).__name__}; "
@@ -411,13 +386,8 @@ def grid_positions(
 
     Patches start at 1 so that no patch shares the special tokens' place.
     """
-    y, x = torch.meshgrid(
-        torch.arange(1, rows + 1, device=device),
-        torch.arange(1, cols + 1, device=device),
-        indexing="ij",
-    )
-    patches = torch.stack((y, x), -1).flatten(0, 1)
-    return F.pad(patches, (0, 0, num_special, 0))
+    y, x = (torch.arange(1, count + 1, device=device) for count in (rows, cols))
+    return F.pad(torch.cartesian_prod(y, x), (0, 0, num_special, 0))
 
 
 def _run(block: nn.Module, tokens: Tensor, pos: Tensor | None, *, save: bool) -> Tensor:

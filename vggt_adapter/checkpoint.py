@@ -28,15 +28,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """An open weights file: names and shapes are known, values are read one by one.
-
-    Attributes
-    ----------
-    shapes
-        By name below the aggregator, as in its state dict.
-    header
-        Texts that the file tells about itself.
-    """
+    """An open weights file: names below the aggregator and shapes; values are read one by one."""
 
     file: Path
     shapes: Mapping[str, tuple[int, ...]]
@@ -44,13 +36,7 @@ class WeightsFile:
     header: Mapping[str, str] = field(default_factory=dict)
 
     def config(self) -> VGGTConfig:
-        """The sizes of the model: from the header where it has them, else from the shapes.
-
-        Raises
-        ------
-        CheckpointError
-            If neither tells them.
-        """
+        """The sizes of the model: from the header where it has them, else from the shapes."""
         text = self.header.get(METADATA_KEY)
         if text is None:
             return infer_config(self.shapes, file=self.file)
@@ -65,13 +51,7 @@ class WeightsFile:
     def fill(
         self, aggregator: Aggregator, *, dtype: torch.dtype | None, device: torch.device
     ) -> None:
-        """Give an aggregator (which may be on the meta device) these weights.
-
-        Raises
-        ------
-        CheckpointError
-            If names, shapes or values are not what it must have.
-        """
+        """Give an aggregator (which may be on the meta device) these weights."""
         state = aggregator.state_dict()
         self._check_names(state)
         chosen = dtype or next((self._floating(name).dtype for name in state), torch.float32)
@@ -201,13 +181,7 @@ def _download(name: str) -> Path:
 
 @contextmanager
 def open_weights(source: str | Path) -> Iterator[WeightsFile]:
-    """Open a file, the one file of a folder, or one of the hub; see `load_checkpoint`.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, it can't be read, or it holds no aggregator.
-    """
+    """Open a file, the one file of a folder, or one of the hub; see `load_checkpoint`."""
     file = _find(source)
     if file.suffix in TORCH_SUFFIXES:
         yield _open_torch(file)
@@ -292,11 +266,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, file: Path | None = N
     """The sizes of an aggregator from the shapes of its tensors (names without "aggregator.").
 
     Shapes do not tell the heads of the patch embedding: they are those of the DINOv2 of its width.
-
-    Raises
-    ------
-    CheckpointError
-        If a tensor that tells a size is missing, or sizes contradict each other.
+    CheckpointError if a tensor that tells a size is missing, or sizes contradict each other.
     """
     where = "the weights" if file is None else repr(str(file))
 

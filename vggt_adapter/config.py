@@ -16,18 +16,15 @@ IMAGE_SIZE, PATCH_SIZE = 518, 14
 class ViTConfig:
     """A DINOv2-style vision transformer used as patch embedding.
 
-    Its width is the width of the frame and global blocks, because its patch tokens go straight
-    into them; depth and heads are its own. The grid of its positional embedding follows from the
-    `img_size` of the whole model.
+    Its width and the grid of its positional embedding are the whole model's (`embed_dim`,
+    `img_size`), because its patch tokens go straight into the frame and global blocks.
 
     Attributes
     ----------
-    depth, num_heads
-        Blocks, and heads in each.
-    mlp_ratio
-        Hidden width of a block's MLP over the model's width.
+    depth, num_heads, mlp_ratio
+        Its own, as in `VGGTConfig`; `depth` counts blocks.
     num_register_tokens
-        Register tokens beside the cls token; 0 for a DINOv2 without registers.
+        Beside the cls token; 0 for a DINOv2 without registers.
     """
 
     depth: int
@@ -36,9 +33,8 @@ class ViTConfig:
     num_register_tokens: int = 4
 
     def __post_init__(self) -> None:
-        _at_least("depth", self.depth, 0)
-        _at_least("num_heads", self.num_heads, 1)
-        _at_least("num_register_tokens", self.num_register_tokens, 0)
+        _at_least(self, 0, "depth", "num_register_tokens")
+        _at_least(self, 1, "num_heads")
 
 
 DINOV2_SIZES: dict[str, tuple[int, int, int]] = {  # width, depth, heads
@@ -58,26 +54,24 @@ class VGGTConfig:
     img_size
         Pixels along one side of the square that the positional embedding was made for. Images of
         other sizes are fine: the embedding is resized to their grid.
-    patch_size
-        Pixels along one side of a patch.
     embed_dim
         Width C of all blocks.
     depth
         Pairs of one frame block and one global block.
     num_heads
-        Heads h of the frame and global blocks; C / h must be a multiple of 4, because the rotary
-        embedding turns pairs of channels separately for y and x.
+        Heads h of each; C / h must be a multiple of 4, because the rotary embedding turns pairs of
+        channels separately for y and x.
     mlp_ratio
         Hidden width of a block's MLP over C.
     num_register_tokens
-        Register tokens of a frame, beside its camera token.
+        Of a frame, beside its camera token.
     patch_embed
         "conv" (one convolution), a `ViTConfig`, or one of the names of DINOv2:
         dinov2_vits14, dinov2_vitb14, dinov2_vitl14, each also with `_reg` (4 registers).
     rope_frequency
-        Base frequency of the rotary position embedding.
+        Base of the rotary position embedding.
     init_values
-        Initial scale of the residual branches (LayerScale) in frame and global blocks.
+        Initial scale of the residual branches (LayerScale).
 
     Raises
     ------
@@ -97,10 +91,8 @@ class VGGTConfig:
     init_values: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("img_size", "patch_size", "embed_dim", "num_heads"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("depth", self.depth, 0)
-        _at_least("num_register_tokens", self.num_register_tokens, 0)
+        _at_least(self, 1, "img_size", "patch_size", "embed_dim", "num_heads")
+        _at_least(self, 0, "depth", "num_register_tokens")
         if self.img_size % self.patch_size:
             raise InputError(
                 f"img_size must be a multiple of patch_size, got {self.img_size} and "
@@ -117,9 +109,9 @@ class VGGTConfig:
 
     def _vit(self) -> ViTConfig | Literal["conv"]:
         given = self.patch_embed
+        if given == "conv":
+            return "conv"
         if isinstance(given, str):
-            if given == "conv":
-                return "conv"
             given = self._named(given)
         elif isinstance(given, Mapping):
             given = ViTConfig(**_known(ViTConfig, given))
@@ -176,6 +168,8 @@ def _known(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
-def _at_least(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+def _at_least(sizes: object, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(sizes, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -5,44 +5,34 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+import torch
+from torch import nn
+
 from vggt_adapter.geometry import MODES
 from vggt_adapter.inputs import ATTENTION_TYPES, HEAD_REDUCTIONS, Head, Query
-from vggt_adapter.steps import (
-    TINY,
-    Answer,
-    ask,
-    choose_token,
-    load_model,
-    load_pictures,
-    suggested,
-)
+from vggt_adapter.preprocess import LoadedImages
+from vggt_adapter.steps import TINY, Answer, ask, choose_token, load_model, load_pictures, suggested
+from vistvis import TokenPlace
 from vistvis.devices import DTYPES
+from vistvis.files import PathLike
 from vistvis.views.painting import NORMS
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Sequence
-
-    import torch
-    from torch import nn
-
-    from vggt_adapter.preprocess import LoadedImages
-    from vggt_adapter.steps import Paths
-    from vistvis import TokenPlace
     from vistvis.views.figures import NotebookFigure
 
 
 def demo_visualize_token_attention(
-    image_paths: Paths | None = None,
+    image_paths: Sequence[PathLike] | None = None,
     block_idx: SupportsIndex = 23,
     token_idx: SupportsIndex = 500,
     head_idx: Head = 0,
     attention_types: Sequence[str] | str = ATTENTION_TYPES,
     *,
-    model: str | os.PathLike[str] | nn.Module = "facebook/VGGT-1B",
+    model: PathLike | nn.Module = "facebook/VGGT-1B",
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     size: int | None = None,
@@ -50,7 +40,7 @@ def demo_visualize_token_attention(
     norm: str = "linear",
     renormalize: bool = False,
     allow_special: bool = False,
-    output_dir: str | os.PathLike[str] | None = None,
+    output_dir: PathLike | None = None,
 ) -> tuple[dict[str, NotebookFigure], dict[str, Any]]:
     """Load pictures and a model, look at one token, draw it.
 
@@ -62,9 +52,7 @@ def demo_visualize_token_attention(
         The pair of blocks; negative from the end.
     token_idx
         One absolute index over all frames, for both kinds of attention: frame attention shows the
-        frame in which it lies. One that is no patch is moved to the nearest one, with a warning.
-    head_idx
-        A head, "mean" or "max".
+        frame in which it lies.
     attention_types
         "frame", "global" or both: which figures are drawn.
     model
@@ -75,7 +63,7 @@ def demo_visualize_token_attention(
         weights.
     size, mode
         As in `load_and_preprocess_images`. Default size: the model's own.
-    norm, renormalize, allow_special
+    head_idx, norm, renormalize, allow_special
         As in `visualize_attention_on_image`.
     output_dir
         Write the figures (PNG) and `values.npz` there.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, SupportsIndex, TypeAlias
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from vistvis.hooks.capture import Capture, capture
 from vistvis.hooks.results import Sink
 from vistvis.models.sites import find_sites
 from vistvis.tokens import TokenLayout
-
-Maps: TypeAlias = dict[str, dict[str, Any]]
 
 
 class AttentionExtractor:
@@ -69,6 +67,8 @@ class AttentionExtractor:
     ) -> AttentionExtractor:
         """Watch blocks from the next forward pass on; earlier hooks of this extractor go first.
 
+        Returns the extractor.
+
         Parameters
         ----------
         block_indices
@@ -88,10 +88,6 @@ class AttentionExtractor:
         sink
             Called with `(block name, attention)` as soon as a block has run, in place of keeping
             it: a `vistvis.RunWriter` stores blocks while the model runs on.
-
-        Returns
-        -------
-        The extractor itself.
 
         Raises
         ------
@@ -133,12 +129,10 @@ class AttentionExtractor:
             )
         return self._capture
 
-    def get_attention_maps(self) -> Maps:
-        """What was captured, as dicts.
+    def get_attention_maps(self) -> dict[str, dict[str, Any]]:
+        """What was captured, in model order: `{"frame_block_0": {...}, "global_block_0": …}`.
 
-        Returns
-        -------
-        `{"frame_block_0": {...}, "global_block_0": {...}, ...}` in model order. Each holds
+        Each holds
         'attn_weights' (a lazy `Attention`, `(B·S, h, P, P)` for frame blocks and
         `(B, h, S·P, S·P)` for global ones; a tensor with `dense=True`; a list of them with
         `accumulate=True`), 'layer_type', 'num_heads', 'num_tokens', and 'rope': False where
@@ -224,18 +218,10 @@ def extract_both_attentions(
 
 
 def find_aggregator(model: nn.Module) -> nn.Module:
-    """The module that holds the frame and global blocks: the model, or its `aggregator`.
-
-    Raises
-    ------
-    SiteError
-        If there is none; the text says what the model has.
-    """
+    """What holds the frame and global blocks: the model, or its `aggregator`; else SiteError."""
     for candidate in (model, getattr(model, "aggregator", None)):
-        if isinstance(candidate, nn.Module) and all(
-            isinstance(getattr(candidate, f"{kind}_blocks", None), nn.ModuleList)
-            for kind in ATTENTION_TYPES
-        ):
+        lists = [getattr(candidate, f"{kind}_blocks", None) for kind in ATTENTION_TYPES]
+        if isinstance(candidate, nn.Module) and all(isinstance(x, nn.ModuleList) for x in lists):
             return candidate
     children = ", ".join(name for name, _ in model.named_children()) or "no submodules"
     raise SiteError(
@@ -265,13 +251,7 @@ def _num_blocks(aggregator: nn.Module) -> int:
 
 
 def checked_blocks(aggregator: nn.Module, indices: int | Iterable[int] | None) -> list[int]:
-    """Block numbers from 0, in order; None: all.
-
-    Raises
-    ------
-    InputError
-        If one does not exist, or there are none.
-    """
+    """Block numbers from 0, in order; None: all. InputError if one does not exist, or for none."""
     count = _num_blocks(aggregator)
     if indices is None:
         return list(range(count))
@@ -292,12 +272,7 @@ def site_names(
 ) -> dict[str, str]:
     """Dotted site name → block name, in the order in which the model runs them.
 
-    Raises
-    ------
-    InputError
-        If a block or an attention type does not exist.
-    SiteError
-        If a block has not exactly one attention module.
+    InputError as in `register_hooks`; SiteError if a block has not exactly one attention module.
     """
     kinds = checked_types(attention_types)
     blocks = checked_blocks(aggregator, block_indices)

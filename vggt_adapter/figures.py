@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
+from matplotlib.patches import Circle
 
 from vggt_adapter.inputs import FloatArray, Head, Images, Query, Weights
 from vggt_adapter.values import Match, QueryValues, query_values
-from vistvis.views.figures import NotebookFigure
+from vistvis.views.figures import NotebookFigure, outline_box
 from vistvis.views.painting import colourise, normalizer, resize
 
 DPI = 150
@@ -126,15 +126,14 @@ def draw_values(
     # The scale comes from the maps, not from the resized ones: resizing softens the peaks.
     scale = normalizer(values.maps, norm=norm)
     drawing = _Drawing(values, values.images if pictures is None else pictures, scale, cmap)
-    plan = _Plan.of(values)
+    plan = _Plan(values)
     figure = plan.figure(_title_lines(values, block_idx))
     for number, match in enumerate(values.matches):
         row, column = divmod(number, plan.columns)
         picture = plan.axes(figure, row, column)
-        if plan.heat_below:
-            heatmap = plan.axes(figure, row, column, below=True)
-        else:
-            heatmap = plan.axes(figure, row, column + 1)
+        beside = 0 if plan.heat_below else 1
+        heatmap = plan.axes(figure, row, column + beside, below=plan.heat_below)
+        if beside:
             _panel_title(heatmap, "attention within the frame")
         drawing.frame(picture, heatmap, match)
     plan.colour_bar(figure, ScalarMappable(norm=scale, cmap=cmap), norm)
@@ -151,7 +150,6 @@ class _Drawing:
     cmap: str
 
     def frame(self, picture: Axes, heatmap: Axes, match: Match) -> None:
-        """The picture and the heatmap of the frame in which `match` lies, with their marks."""
         frame = match.place.frame
         mine = frame == self.values.query.frame
         said = mine and self.values.attention_type == "global"
@@ -189,64 +187,38 @@ class _Drawing:
 # -- where things go -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class _Plan:
-    """Panels in inches: `rows` groups of `columns` panels, or of pictures with heatmaps below."""
+    """Sizes in inches: global attention shows all frames, heatmaps below; frame attention one."""
 
-    columns: int
-    rows: int
-    cell: tuple[float, float]
-    heat_below: bool
-
-    @classmethod
-    def of(cls, values: QueryValues) -> _Plan:
-        """Global attention shows every frame, its heatmap below; frame attention one, beside."""
+    def __init__(self, values: QueryValues) -> None:
         height, width = values.layout.image_size
         frames, aspect = values.layout.frames, height / width
-        columns, rows = 2, 1
-        if values.attention_type == "global":
-            columns = frames if frames <= 4 else math.ceil(math.sqrt(1.5 * frames))
-            rows = math.ceil(frames / columns)
-        cell = min(_WIDEST, 12.4 / columns, _HIGHEST / aspect)
-        return cls(columns, rows, (cell, cell * aspect), values.attention_type == "global")
-
-    @property
-    def group(self) -> float:
-        """Height of one group: title, picture, heatmap, note."""
+        self.heat_below = values.attention_type == "global"
+        self.columns, self.rows = 2, 1
+        if self.heat_below:
+            self.columns = frames if frames <= 4 else math.ceil(math.sqrt(1.5 * frames))
+            self.rows = math.ceil(frames / self.columns)
+        panel = min(_WIDEST, 12.4 / self.columns, _HIGHEST / aspect)
+        self.cell = (panel, panel * aspect)
         panels = 2 if self.heat_below else 1
-        return _PANEL_TITLE + panels * self.cell[1] + (panels - 1) * _GAP + _UNDER
-
-    @property
-    def body(self) -> tuple[float, float]:
-        return (
-            self.columns * self.cell[0] + (self.columns - 1) * _GAP,
+        # A group is a title, a picture, perhaps a heatmap below, a note.
+        self.group = _PANEL_TITLE + panels * self.cell[1] + (panels - 1) * _GAP + _UNDER
+        self.body = (
+            self.columns * panel + (self.columns - 1) * _GAP,
             self.rows * self.group + (self.rows - 1) * _GROUP_GAP,
         )
-
-    @property
-    def size(self) -> tuple[float, float]:
-        width = max(_MIN_WIDTH, self.body[0] + 2 * _SIDE + _BAR_SPACE)
-        return width, _HEAD + self.body[1] + _SIDE / 2
-
-    @property
-    def left(self) -> float:
-        """Where the panels begin: they sit in the middle of a figure that the title made wide."""
-        return max(_SIDE, (self.size[0] - self.body[0] - _BAR_SPACE) / 2)
+        needed = self.body[0] + 2 * _SIDE + _BAR_SPACE
+        self.size = (max(_MIN_WIDTH, needed), _HEAD + self.body[1] + _SIDE / 2)
+        # In the middle of a figure that the title made wide.
+        self.left = max(_SIDE, (self.size[0] - self.body[0] - _BAR_SPACE) / 2)
 
     def figure(self, lines: list[str]) -> NotebookFigure:
         figure = NotebookFigure(figsize=self.size, dpi=DPI, facecolor="white")
         width, height = self.size
-        top = height - 0.34
-        for number, line in enumerate(lines):
-            figure.text(
-                _SIDE / width,
-                (top - (0, 0.27, 0.49)[number]) / height,
-                line,
-                fontsize=14 if number == 0 else 10,
-                fontweight="bold" if number == 0 else "normal",
-                color=_INK if number < 2 else _QUIET,
-                va="center",
-            )
+        styles = ((0, 14, "bold", _INK), (0.27, 10, "normal", _INK), (0.49, 10, "normal", _QUIET))
+        for line, (down, size, weight, colour) in zip(lines, styles, strict=True):
+            place = (_SIDE / width, (height - 0.34 - down) / height)
+            figure.text(*place, line, fontsize=size, fontweight=weight, color=colour, va="center")
         return figure
 
     def axes(self, figure: Figure, row: int, column: int, *, below: bool = False) -> Axes:
@@ -255,23 +227,20 @@ class _Plan:
         y = _HEAD + row * (self.group + _GROUP_GAP) + _PANEL_TITLE
         if below:
             y += height + _GAP
-        axes = figure.add_axes(self._box(x, y, width, height))
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes = self._add_axes(figure, x, y, width, height)
+        axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():  # a hairline: padded pictures are white at their edge
             spine.set(color=_HAIRLINE, linewidth=0.5)
         return axes
 
     def colour_bar(self, figure: Figure, drawn: Any, norm: str) -> None:
         """One bar for all heatmaps, beside them."""
-        height = self.cell[1]
-        x = self.left + self.body[0] + 0.18
-        y = _HEAD + _PANEL_TITLE
-        span = self.body[1] - _PANEL_TITLE - _UNDER
+        height, y = self.cell[1], _HEAD + _PANEL_TITLE
+        x, span = self.left + self.body[0] + 0.18, self.body[1] - _PANEL_TITLE - _UNDER
         if self.heat_below and self.rows == 1:
             y, span = y + height + _GAP, height
         span = min(span, _HIGHEST_BAR)
-        axes = figure.add_axes(self._box(x, y, _BAR, span))
+        axes = self._add_axes(figure, x, y, _BAR, span)
         extend = "max" if norm == "percentile" else "neither"
         bar = figure.colorbar(drawn, cax=axes, extend=extend, extendfrac=_BAR / span)
         label = {"linear": "attention weight", "log": "attention weight, log scale"}
@@ -280,20 +249,12 @@ class _Plan:
         axes.tick_params(labelsize=8, length=2.5, color=_QUIET, labelcolor=_INK)
         if norm != "log":
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-            axes.yaxis.get_offset_text().set_fontsize(8)
-            axes.yaxis.get_offset_text().set_horizontalalignment("left")
+            axes.yaxis.get_offset_text().set(fontsize=8, horizontalalignment="left")
 
-    def _box(
-        self, x: float, y: float, width: float, height: float
-    ) -> tuple[float, float, float, float]:
-        """A box from the top left in inches as matplotlib wants it: fractions, from below."""
-        total_width, total_height = self.size
-        return (
-            x / total_width,
-            1 - (y + height) / total_height,
-            width / total_width,
-            height / total_height,
-        )
+    def _add_axes(self, figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes in a box from the top left in inches; matplotlib counts fractions from below."""
+        across, down = self.size
+        return figure.add_axes((x / across, 1 - (y + height) / down, width / across, height / down))
 
 
 # -- marks and words -----------------------------------------------------------------------------
@@ -306,13 +267,9 @@ def _mark_query(axes: Axes, values: QueryValues) -> None:
     # The line runs just outside the patch, which stays to be seen, but not outside the picture; of
     # its three colours one stands out on any picture.
     pad = 0.3 * values.layout.patch_size[0]
-    left, top = max(x0 - pad, 0), max(y0 - pad, 0)
-    right, bottom = min(x1 + pad, width), min(y1 + pad, height)
-    # Pixel centres are whole numbers in imshow, so that a pixel's edge lies half a pixel before.
-    corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
-    style: dict[str, Any] = {"fill": False, "zorder": 5, "clip_on": False, "joinstyle": "miter"}
-    for colour, line in (("black", 3.8), ("white", 2.8), ("#e6007e", 1.5)):
-        axes.add_patch(Rectangle(corner, *size, edgecolor=colour, linewidth=line, **style))
+    box = (max(x0 - pad, 0), max(y0 - pad, 0), min(x1 + pad, width), min(y1 + pad, height))
+    strokes = (("black", 3.8), ("white", 2.8), ("#e6007e", 1.5))
+    outline_box(axes, box, strokes=strokes, zorder=5, clip_on=False, joinstyle="miter")
 
 
 def _mark_match(axes: Axes, values: QueryValues, match: Match) -> None:

@@ -53,27 +53,19 @@ class ImageGeometry:
 
         What was cropped away comes out below 0 or past the picture's end.
         """
-        scale_y, scale_x = self.scale
-        return (
-            (x + 0.5) * scale_x - 0.5 + self.offset[1],
-            (y + 0.5) * scale_y - 0.5 + self.offset[0],
-        )
+        (scale_y, scale_x), (top, left) = self.scale, self.offset
+        return (x + 0.5) * scale_x - 0.5 + left, (y + 0.5) * scale_y - 0.5 + top
 
     def to_original(self, x: Coordinate, y: Coordinate) -> tuple[Coordinate, Coordinate]:
         """Model-input pixel coordinates → those of the original; inverse of `to_model`.
 
         White padding comes out below 0 or past the photo's end.
         """
-        scale_y, scale_x = self.scale
-        return (
-            (x - self.offset[1] + 0.5) / scale_x - 0.5,
-            (y - self.offset[0] + 0.5) / scale_y - 0.5,
-        )
+        (scale_y, scale_x), (top, left) = self.scale, self.offset
+        return (x - left + 0.5) / scale_x - 0.5, (y - top + 0.5) / scale_y - 0.5
 
     def model_pixel(self, x: float, y: float) -> tuple[int, int]:
-        """The model-input pixel (x, y) that shows a pixel of the original.
-
-        For `TokenLayout.token_at(frame, *geometry.model_pixel(x, y))`.
+        """The model-input pixel (x, y) that shows a pixel of the original, as `token_at` takes it.
 
         Raises
         ------
@@ -106,8 +98,8 @@ class ImageGeometry:
 
         Edges, not centres: (0, 0, W, H) is the whole picture. A box on padding reaches outside.
         """
-        x0, y0 = self.to_original(float(box[0]) - 0.5, float(box[1]) - 0.5)
-        x1, y1 = self.to_original(float(box[2]) - 0.5, float(box[3]) - 0.5)
+        left, top, right, bottom = (float(edge) - 0.5 for edge in box)
+        (x0, y0), (x1, y1) = self.to_original(left, top), self.to_original(right, bottom)
         return x0 + 0.5, y0 + 0.5, x1 + 0.5, y1 + 0.5
 
     @property
@@ -120,13 +112,7 @@ class ImageGeometry:
 
 @dataclass(frozen=True)
 class Fit:
-    """How photographs are made to fit a model; the attributes are as in `load_images`.
-
-    Raises
-    ------
-    InputError
-        If the mode or a size is none.
-    """
+    """How photographs are made to fit a model, as in `load_images`."""
 
     mode: str
     size: int
@@ -167,7 +153,8 @@ class Fit:
         """Where photos of these sizes (width, height) go: all end as large as the largest."""
         alone = [self.alone(width, height) for width, height in sizes]
         shapes = sorted({one.image_size for one in alone})
-        largest = (max(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
+        heights, widths = zip(*shapes, strict=True)
+        largest = (max(heights), max(widths))
         if len(shapes) > 1:
             listed = ", ".join(f"{w}×{h}" for h, w in shapes)
             warnings.warn(
@@ -186,14 +173,7 @@ def preprocess_geometry(
     size: int = IMAGE_SIZE,
     patch_size: int = PATCH_SIZE,
 ) -> tuple[ImageGeometry, ...]:
-    """Where `load_images` would put photos of these sizes; reads no file.
-
-    Parameters
-    ----------
-    sizes
-        (width, height) of each photo, upright, in pixels.
-    mode, size, patch_size
-        As in `load_images`.
+    """Where `load_images` would put photos of these (width, height), upright; reads no file.
 
     Raises
     ------

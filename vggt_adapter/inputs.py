@@ -1,7 +1,6 @@
 """What a caller hands in, checked against each other: weights, pictures, type, head, batch.
 
-Plain tensors say little about themselves; an `Attention` that was captured says everything. Either
-way the answer is one layout and one type, or an InputError that says which two things contradict.
+The answer is one layout and one type, or an InputError that says which two things contradict.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ FloatArray: TypeAlias = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Query:
-    """Which row of an attention is meant, and how it is laid out; see `get_attention_values`."""
+    """The row that is meant, and its layout, as in `get_attention_values`."""
 
     token_idx: SupportsIndex
     head_idx: Head = 0
@@ -89,16 +88,12 @@ def images_shape(images: Images) -> tuple[int, int, int, int]:
 
 
 def layout_of(attention: Attention, size: tuple[int, int, int], query: Query) -> TokenLayout:
-    """The layout of all S frames, from the site where there is one, else from the pictures.
-
-    `size` is `(S, H, W)` of the pictures.
-    """
+    """The layout of all frames, from the site where there is one, else from pictures (S, H, W)."""
     if attention.site is not None and attention.site.key_layout is not None:
         return _layout_of_site(attention, attention.site.key_layout, size, query)
     frames, height, width = size
-    start = len(SPECIAL)
-    if query.patch_start_idx is not None:
-        start = operator.index(query.patch_start_idx)
+    given = query.patch_start_idx
+    start = len(SPECIAL) if given is None else operator.index(given)
     if start < 0:
         raise InputError(f"patch_start_idx counts special tokens, got {start}")
     special = SPECIAL if start == len(SPECIAL) else ("special",) * start

@@ -18,18 +18,7 @@ def load(
     images: Sequence[Path],
     size: int | None,
 ) -> LoadedModel:
-    """The loader of the entry-point group "vistvis.models".
-
-    Parameters
-    ----------
-    model
-        "tiny", a name on the hub, a folder or a file.
-
-    Raises
-    ------
-    InputError, CheckpointError
-        If pictures can't be read or weights can't be had.
-    """
+    """The loader of the entry-point group "vistvis.models"; `model` as in `load_model`."""
     ready = load_model(model, device=device, dtype=dtype)
     pictures = load_pictures(list(images), ready, size=size).images.unsqueeze(0)
     aggregator = find_aggregator(ready)

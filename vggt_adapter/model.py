@@ -25,22 +25,18 @@ TINY_UNTRAINED = VGGTConfig(embed_dim=128, depth=4, num_heads=4, patch_embed="co
 
 
 class VGGT(nn.Module):
-    """VGGT without its heads: the model whose attention is looked at.
-
-    Make one with `VGGT.from_pretrained("facebook/VGGT-1B")`, `VGGT.tiny()` (small, comes with the
+    """Made with `VGGT.from_pretrained("facebook/VGGT-1B")`, `VGGT.tiny()` (small, comes with the
     package) or `VGGT.from_config(...)` (any size, random weights).
 
     Attributes
     ----------
-    config
-        The sizes, a `VGGTConfig`.
-    aggregator
-        The `Aggregator`; `model.aggregator.frame_blocks[3].attn` is one attention module.
+    config, aggregator
+        The `VGGTConfig` and the `Aggregator` of these sizes;
+        `model.aggregator.frame_blocks[3].attn` is one attention module.
     trained
         False where the weights are random.
     default
-        What is worth looking at first (such as the block), as the weights' description tells it;
-        empty where there is none.
+        What is worth looking at first (such as the block), as the weights' description tells it.
     """
 
     def __init__(self, config: VGGTConfig | None = None) -> None:
@@ -81,10 +77,9 @@ class VGGT(nn.Module):
 
     @classmethod
     def from_config(cls, config: VGGTConfig | None = None, **sizes: Any) -> VGGT:
-        """A model with random weights, of the sizes that `VGGTConfig` lists.
+        """A model with random weights (seed: `torch.manual_seed`), of the sizes of `VGGTConfig`.
 
-        `VGGT.from_config(embed_dim=128, depth=4, num_heads=4, patch_embed="conv")`. Seed it with
-        `torch.manual_seed`.
+        `VGGT.from_config(embed_dim=128, depth=4, num_heads=4, patch_embed="conv")`.
 
         Raises
         ------
@@ -116,7 +111,7 @@ class VGGT(nn.Module):
     def tiny(
         cls, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> VGGT:
-        """The small VGGT that comes with the package; see `vggt_adapter.model.load_tiny`."""
+        """The small VGGT that comes with the package, trained; in float32 by default."""
         return load_tiny(dtype=dtype, device=device)
 
 
@@ -130,8 +125,9 @@ def load_checkpoint(
     """A VGGT with weights from a file, a folder or the Hugging Face hub, in eval mode.
 
     Only the aggregator's tensors are read, one at a time: beside the loaded model never more than
-    one tensor is in memory, also where the type changes. The sizes follow from the tensors'
-    shapes, so a model of any size loads.
+    one tensor is in memory, also where the type changes. A model of any size loads. A `.pt` file is
+    read without running any code in it, and checked against its own checksums, which reads it
+    whole.
 
     Parameters
     ----------
@@ -145,9 +141,6 @@ def load_checkpoint(
     config
         Needed only where shapes do not tell the sizes: a transformer of another width than
         DINOv2's as patch embedding, in a file that `save_checkpoint` did not write.
-
-    A `.pt` file is read without running any code in it, and checked against its own checksums,
-    which reads it whole.
 
     Raises
     ------
@@ -173,12 +166,7 @@ def load_checkpoint(
 def save_checkpoint(model: VGGT, file: str | Path, *, dtype: torch.dtype | None = None) -> Path:
     """Write a model's weights, and its sizes in the file's header, as `.safetensors`.
 
-    The file is whole or not there.
-
-    Raises
-    ------
-    InputError
-        If the name does not end in `.safetensors`.
+    The file is whole or not there; InputError if its name does not end in `.safetensors`.
     """
     from vistvis.store.tensors import Encoded
 
@@ -201,26 +189,11 @@ def load_tiny(
     device: torch.device | str | None = None,
     folder: str | Path | None = None,
 ) -> VGGT:
-    """The small VGGT that comes with the package.
+    """The small VGGT that comes with the package, in float32 unless `dtype` is given.
 
-    Where its trained weights are in the package, they are loaded, after a check of their SHA-256
-    against the description beside them; else the weights are random (always the same ones) and
-    `model.trained` is False. `model.default` holds the description's suggestions of what to look
-    at, such as the block; empty for random weights.
-
-    Parameters
-    ----------
-    dtype
-        Type of the weights; None: float32, whatever they are stored as.
-    device
-        Where the weights go; None: the CPU.
-    folder
-        Where to look instead of the package's own folder.
-
-    Raises
-    ------
-    CheckpointError
-        If the weights in the package are damaged or their description is missing.
+    Where its trained weights are in the package (or `folder`), they are loaded, after a check of
+    their SHA-256 against the description beside them: CheckpointError if they are damaged or it is
+    missing. Else the weights are random, always the same ones.
     """
     home = WEIGHTS if folder is None else Path(folder)
     file, description = home / f"{TINY}.safetensors", home / f"{TINY}.json"
@@ -252,17 +225,11 @@ def load_tiny(
 class _Unfilled(TorchFunctionMode):
     """Skips the random filling of new modules.
 
-    On the meta device there is nothing to fill, and torch takes seconds to do it: its random
-    functions there are written in Python and import its compiler.
+    On the meta device torch takes seconds to fill nothing: its random functions there are written
+    in Python and import its compiler.
     """
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]

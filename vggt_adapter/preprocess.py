@@ -8,9 +8,9 @@ goes to white in every format that has it, not in RGBA alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from vggt_adapter.config import IMAGE_SIZE, PATCH_SIZE
 from vggt_adapter.geometry import Fit, ImageGeometry
 from vistvis.errors import InputError
+from vistvis.files import PathLike
 from vistvis.tokens import TokenLayout
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ EXIF_ORIENTATION = 0x0112
 # Figures show pictures at least this wide.
 SHARP_WIDTH = 500
 
-PathLikes: TypeAlias = "str | PathLike[str] | Iterable[str | PathLike[str]]"
+PathLikes: TypeAlias = "PathLike | Iterable[PathLike]"
 Bytes: TypeAlias = NDArray[np.uint8]
 
 
@@ -49,8 +50,7 @@ class LoadedImages:
     paths
         The files, in the same order.
     sharp_pixels
-        (S, k · H, k · W, 3) bytes: the same views with more pixels, where the model takes pictures
-        less than 500 wide. At most 3 MB a photo.
+        What `sharp` gives, as bytes. At most 3 MB a photo.
     """
 
     images: Tensor
@@ -59,11 +59,9 @@ class LoadedImages:
     sharp_pixels: Bytes | None = field(default=None, repr=False)
 
     def sharp(self) -> NDArray[np.float32] | None:
-        """The same views with more pixels, for figures of a model that takes small pictures.
+        """The same views with more pixels, `(S, k·H, k·W, 3)` in [0, 1], for figures.
 
-        Returns
-        -------
-        `(S, k·H, k·W, 3)` in [0, 1]; None where the model's own pictures are large enough.
+        None where the model's own pictures are at least 500 wide.
         """
         if self.sharp_pixels is None:
             return None
@@ -72,10 +70,7 @@ class LoadedImages:
     def token_at(self, layout: TokenLayout, frame: int, x: float, y: float) -> int:
         """The absolute index of the patch under pixel (x, y) of the original photo of a frame.
 
-        Raises
-        ------
-        InputError
-            If the photo has no such pixel, or it was cropped away.
+        InputError if the photo has no such pixel, or it was cropped away.
         """
         return layout.token_at(frame, *self.geometries[frame].model_pixel(x, y))
 
@@ -84,9 +79,8 @@ class LoadedImages:
     ) -> tuple[float, float, float, float] | None:
         """Where a patch lies in its original photo, edges x0, y0, x1, y1; None for the others."""
         place = layout.locate(token)
-        return (
-            None if place.box is None else self.geometries[place.frame].box_to_original(place.box)
-        )
+        geometry = self.geometries[place.frame]
+        return None if place.box is None else geometry.box_to_original(place.box)
 
 
 def load_and_preprocess_images(
@@ -97,12 +91,7 @@ def load_and_preprocess_images(
     patch_size: int = PATCH_SIZE,
     exif: bool = True,
 ) -> Tensor:
-    """Load photos of one scene for the model: `load_images`, and only the pixels of it.
-
-    Returns
-    -------
-    (S, 3, H, W), float32 in [0, 1].
-    """
+    """Load photos of one scene: the pixels of `load_images`, (S, 3, H, W), float32 in [0, 1]."""
     return load_images(paths, mode=mode, size=size, patch_size=patch_size, exif=exif).images
 
 
@@ -118,8 +107,6 @@ def load_images(
 
     Parameters
     ----------
-    paths
-        The files (or one).
     mode
         "crop": `size` wide, the height follows; what is higher than `size` is cut off at top and
         bottom, equally. "pad": the longest side `size`, and white around it, to a square.
@@ -170,10 +157,10 @@ def _on_canvas(photos: Sequence[Bytes], geometries: Sequence[ImageGeometry], sca
 
 
 def _files(paths: PathLikes) -> tuple[Path, ...]:
-    if isinstance(paths, (str, PathLike)):
+    if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     try:
-        files = tuple(Path(fspath(path)) for path in paths)
+        files = tuple(Path(os.fspath(path)) for path in paths)
     except TypeError as error:
         raise InputError(
             f"paths must be file names, got {paths!r}; for pictures in memory stack them to "

@@ -1,7 +1,4 @@
-"""The steps from photographs to what one token attends to: model, pictures, token, numbers, files.
-
-`vggt_adapter.demo` puts them together, as a function and as a command.
-"""
+"""The steps of `vggt_adapter.demo`: model, pictures, token, numbers, files."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -26,13 +23,11 @@ from vggt_adapter.values import QueryValues, query_values, resolve_token
 from vistvis import TokenLayout, TokenPlace
 from vistvis.devices import device_of, dtype_of
 from vistvis.errors import InputError
-from vistvis.files import atomic_file
+from vistvis.files import PathLike, atomic_file
 from vistvis.progress import progress
 
 if TYPE_CHECKING:
     from vistvis.views.figures import NotebookFigure
-
-Paths: TypeAlias = "Sequence[str | os.PathLike[str]]"
 
 TINY = "tiny"
 
@@ -55,9 +50,7 @@ class Answer:
             for kind, values in self.values.items()
         }
 
-    def write(
-        self, figures: dict[str, NotebookFigure], folder: str | os.PathLike[str]
-    ) -> list[Path]:
+    def write(self, figures: dict[str, NotebookFigure], folder: PathLike) -> list[Path]:
         """The figures as PNG, and the numbers as `values.npz`, which numpy reads without pickle.
 
         That holds `frame_attention_maps` `(rows, cols)`, `global_attention_maps` `(S, rows, cols)`,
@@ -69,8 +62,8 @@ class Answer:
             block, numbers = self.result["block_idx"], values.as_dict()
             name = f"{kind}_block_{block}_head_{values.head}_token_{values.query.token}.png"
             written.append(figures[kind].save(Path(folder) / name))
-            arrays[f"{kind}_attention_maps"] = numbers["attention_maps"]
-            arrays[f"{kind}_attention_maps_resized"] = numbers["attention_maps_resized"]
+            for part in ("attention_maps", "attention_maps_resized"):
+                arrays[f"{kind}_{part}"] = numbers[part]
             arrays["images"] = (values.images * 255).round().astype(np.uint8)
         metadata = {kind: values.metadata for kind, values in self.values.items()}
         target = Path(folder) / "values.npz"
@@ -80,12 +73,12 @@ class Answer:
 
 
 def load_model(
-    model: str | os.PathLike[str] | nn.Module,
+    model: PathLike | nn.Module,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> nn.Module:
-    """The model that is meant, on its device, in eval mode.
+    """The model that is meant, on its device, in eval mode; as in `demo_visualize_token_attention`.
 
     Raises
     ------
@@ -110,7 +103,11 @@ def suggested(model: nn.Module, name: str, otherwise: Any) -> Any:
 
 
 def load_pictures(
-    paths: Paths | None, model: nn.Module, *, size: int | None = None, mode: str = "crop"
+    paths: Sequence[PathLike] | None,
+    model: nn.Module,
+    *,
+    size: int | None = None,
+    mode: str = "crop",
 ) -> LoadedImages:
     """Photographs as the model takes them; None: the sample views."""
     chosen = sample_views() if paths is None else list(paths)
@@ -138,14 +135,8 @@ def choose_token(
     """The query token: an absolute index, a pixel `(frame, x, y)` of an original photo, or neither
     for the middle of frame 0. Before the forward pass, so that a slip costs no waiting.
 
-    Returns
-    -------
-    Its place, and the index that was asked for.
-
-    Raises
-    ------
-    InputError
-        If there is no such pixel, or it was cropped away.
+    Returns its place, and the index that was asked for; InputError if there is no such pixel, or it
+    was cropped away.
     """
     layout = TokenLayout.from_model(find_aggregator(model), loaded.images)
     if pixel is not None:
@@ -167,31 +158,22 @@ def ask(
     block_idx: SupportsIndex,
     attention_types: Sequence[str] | str = ATTENTION_TYPES,
 ) -> Answer:
-    """Run the model once and compute what one token attends to.
+    """Run the model once and compute what the token at `place` attends to.
 
-    Parameters
-    ----------
-    place
-        The token.
-    query
-        How to look at it; its `token_idx` is what was asked for, before it was moved to `place`.
-
-    Cost: one forward pass.
+    `query` says how to look at it; its `token_idx` is what was asked for, before it was moved.
     """
     kinds = checked_types(attention_types)
     images = loaded.images.to(next(model.parameters()))
     with blocks_progress(model):
         result = extract_both_attentions(model, images, block_idx=int(block_idx))
-    queries = {
-        "frame": replace(query, token_idx=place.token_in_frame, frame_idx=place.frame),
-        "global": replace(query, token_idx=place.token),
-    }
     values = {}
     for kind in kinds:
+        token = place.token_in_frame if kind == "frame" else place.token
         # What the token is has been settled.
-        settled = replace(queries[kind], attention_type=kind, allow_special=True)
-        weights = result[f"{kind}_attention"]["attn_weights"]
-        answered = query_values(weights, loaded.images, settled)
+        settled = replace(
+            query, token_idx=token, frame_idx=place.frame, attention_type=kind, allow_special=True
+        )
+        answered = query_values(result[f"{kind}_attention"]["attn_weights"], loaded.images, settled)
         values[kind] = replace(answered, requested=int(query.token_idx))
     return Answer(values, result)
 

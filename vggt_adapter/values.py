@@ -1,8 +1,4 @@
-"""Numbers of one query token: its attention over every patch, laid out as pictures.
-
-Everything that a figure or a file shows is computed here, from one row of the attention per head;
-the N×N matrix is never touched.
-"""
+"""All numbers that a figure or a file of one query token shows, from one row per head."""
 
 from __future__ import annotations
 
@@ -38,64 +34,43 @@ from vistvis.views.painting import resize
 
 @dataclass(frozen=True)
 class Match:
-    """The patch of one frame that a query attends to most.
-
-    `weight` is its value, `share` the sum over all patches of that frame.
-    """
+    """The patch of one frame that a query attends to most."""
 
     place: TokenPlace
     weight: float
     share: float
+    """Sum over all patches of that frame."""
 
 
 @dataclass(frozen=True, eq=False)
 class QueryValues:
-    """What one query token attends to.
-
-    Attributes
-    ----------
-    attention_type
-        "frame" or "global".
-    layout
-        All S frames.
-    query
-        Where the query lies, counted absolutely over all frames.
-    requested
-        The token index that was asked for, before it was moved to a patch.
-    maps
-        `(F, rows, cols)`: weights of the patches of the frames shown, F = S for global attention,
-        1 for frame attention.
-    images
-        `(S, H, W, 3)` in [0, 1].
-    head, batch
-        Which head (or "mean", "max" over `num_heads`) and picture batch.
-    patch_mass
-        Sum of the raw weights on patches; the rest lies on special tokens.
-    renormalized
-        `maps` were divided by `patch_mass`.
-    site
-        Where the weights come from, as far as they say.
-    """
+    """What one query token attends to."""
 
     attention_type: str
     layout: TokenLayout
+    """All S frames."""
     query: TokenPlace
+    """Counted absolutely over all frames."""
     requested: int
+    """The token index that was asked for, before it was moved to a patch."""
     maps: FloatArray
+    """`(F, rows, cols)`, the frames shown: F = S for global attention, 1 for frame attention."""
     images: FloatArray
+    """`(S, H, W, 3)` in [0, 1]."""
     head: int | str
     num_heads: int
     batch: int
     patch_mass: float
+    """Sum of the raw weights on patches; the rest lies on special tokens."""
     renormalized: bool
+    """`maps` were divided by `patch_mass`."""
     site: SiteInfo | None = None
 
     @property
     def frames(self) -> range:
         """The frames that `maps` shows."""
-        if self.attention_type == "global":
-            return range(self.layout.frames)
-        return range(self.query.frame, self.query.frame + 1)
+        first = self.query.frame if self.attention_type == "frame" else 0
+        return range(first, first + len(self.maps))
 
     @property
     def token_idx(self) -> int:
@@ -117,20 +92,23 @@ class QueryValues:
     @cached_property
     def matches(self) -> tuple[Match, ...]:
         """The strongest patch of every frame shown."""
-        matches = []
-        for frame, weights in zip(self.frames, self.maps, strict=True):
-            token = self.layout.index(frame=frame, patch=int(weights.argmax()))
-            place = self.layout.locate(token)
-            matches.append(Match(place, float(weights.max()), float(weights.sum())))
-        return tuple(matches)
+        layout = self.layout
+        return tuple(
+            Match(
+                layout.locate(layout.index(frame=frame, patch=int(weights.argmax()))),
+                float(weights.max()),
+                float(weights.sum()),
+            )
+            for frame, weights in zip(self.frames, self.maps, strict=True)
+        )
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The plain numbers that go with the maps."""
-        height, width = self.layout.image_size
+        (rows, cols), (height, width) = self.layout.grid, self.layout.image_size
         return {
-            "grid_h": self.layout.grid[0],
-            "grid_w": self.layout.grid[1],
+            "grid_h": rows,
+            "grid_w": cols,
             "H": height,
             "W": width,
             "S": self.layout.frames,
@@ -150,10 +128,10 @@ class QueryValues:
 
     def as_dict(self) -> dict[str, Any]:
         """What `get_attention_values` returns."""
-        single = self.attention_type == "frame"
+        shown = 0 if self.attention_type == "frame" else slice(None)
         return {
-            "attention_maps": self.maps[0] if single else self.maps,
-            "attention_maps_resized": self.resized[0] if single else self.resized,
+            "attention_maps": self.maps[shown],
+            "attention_maps_resized": self.resized[shown],
             "images": self.images.copy(),
             "metadata": self.metadata,
         }
@@ -294,28 +272,19 @@ def resolve_token(
     allow_special: bool = False,
     of: TokenLayout | None = None,
 ) -> TokenPlace:
-    """The query token that is meant, moved to the nearest patch where it is none.
+    """The query token that is meant in `layout`, moved to the nearest patch where it is none.
 
-    Parameters
-    ----------
-    layout
-        What `token_idx` counts in.
-    of
-        The layout of all frames, where `layout` is one frame of it; only for the warning's text.
-
-    A special token is kept with `allow_special=True`. Moving it warns (`VistvisWarning`).
+    A special token is kept with `allow_special=True`. Moving it warns (`VistvisWarning`); where
+    `layout` is one frame of the layout `of`, the warning says what the index would be there.
     """
     token = operator.index(token_idx)
-    inside = 0 <= token < layout.num_tokens
-    if inside:
+    if 0 <= token < layout.num_tokens:
         place = layout.locate(token)
         if place.is_patch or allow_special:
             return place
-        what = f"is a {place.kind} token"
-        fix = "; allow_special=True keeps it"
+        what, fix = f"is a {place.kind} token", "; allow_special=True keeps it"
     else:
-        what = f"is outside 0…{layout.num_tokens - 1}"
-        fix = ""
+        what, fix = f"is outside 0…{layout.num_tokens - 1}", ""
         if of is not None and 0 <= token < of.num_tokens:
             meant = of.locate(token)
             fix = (
@@ -334,11 +303,9 @@ def resolve_token(
 def _row(attention: Attention, batch: int, head: int | str, query: int) -> FloatArray:
     """Weights of one query over all keys, `(Nk,)`."""
     with torch.no_grad():
-        if isinstance(head, int):
-            row = attention.rows(query, batch=batch, heads=head)[0, 0, 0]
-        else:
-            rows = attention.rows(query, batch=batch)[0, :, 0]
-            row = rows.mean(0) if head == "mean" else rows.amax(0)
+        chosen = head if isinstance(head, int) else None
+        rows = attention.rows(query, batch=batch, heads=chosen)[0, :, 0]
+        row = rows.amax(0) if head == "max" else rows.mean(0)  # one head is its own mean
     values: FloatArray = row.detach().cpu().numpy()
     if not np.isfinite(values).all():
         raise InputError(
