@@ -68,8 +68,7 @@ class LayerState:
     def counting(self, identifier: str, start: SupportsIndex | None = None) -> Iterator[int]:
         """Count within a block: from `start`, or from where `identifier` stands.
 
-        After an error the counter stands where it was before the block, so that trying again writes
-        the same layers again.
+        After an error the counter stands where it was: trying again writes the same layers again.
         """
         before = self.get_layer(identifier)
         first = before if start is None else whole(start)

@@ -34,10 +34,9 @@ _CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
 @dataclass(frozen=True)
 class TokenPlace:
-    """Where a token is.
+    """Where a token is; `patch`, `row`, `col` and `box` are None for a special token.
 
-    `patch`, `row`, `col` and `box` are None for a special token. `box` is `(x0, y0, x1, y1)` in
-    pixels of the picture as the model saw it, `x1` and `y1` exclusive.
+    `box` is `(x0, y0, x1, y1)` in pixels of the picture as the model saw it, `x1`, `y1` exclusive.
     """
 
     token: int

@@ -57,10 +57,7 @@ class LazyRows(TensorLike):
         return self.shape[1]
 
     def check_unwritten(self) -> None:
-        """Raise `CaptureError` if somebody wrote into the tensors since they were taken.
-
-        Whatever computes calls this first.
-        """
+        """`CaptureError` if the tensors were written into since; whatever computes asks first."""
         for tensor, version in self._held:
             if tensor._version != version:
                 raise CaptureError(

@@ -1,7 +1,6 @@
 """Queries and keys before their rotary embedding: read by forward hooks on the projections.
 
-This is the second, independent way to the queries and keys of a module: plain hooks on its q/k norm
-(or, without one, on its projections), where the first is the kernel call itself.
+This is the second, independent way to a module's queries and keys; the first is the kernel call.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from vistvis.models.families import FUSED_PROJECTIONS, NORM_PAIRS, PROJECTION_PA
 
 
 class ProjectionTap:
-    """Hooks on a module's q/k norms or projections, on while it runs."""
+    """Hooks on a module's q/k norms or, without them, its projections, on while it runs."""
 
     def __init__(self, module: nn.Module) -> None:
         self._seen: dict[str, Tensor] = {}

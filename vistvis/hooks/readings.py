@@ -20,15 +20,12 @@ SDPA = F.scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class Reading:
-    """One kernel call of one site: its weights, still lazy, and what it returned.
-
-    `value` `(B, h, Nk, dv)` and `output` `(B, h, Nq, dv)` are None unless they were asked for.
-    """
+    """One kernel call of one site: its weights, still lazy, and if asked for what verifies them."""
 
     attention: Attention | None
     source: str
-    value: Tensor | None = None
-    output: Tensor | None = None
+    value: Tensor | None = None  # (B, h, Nk, dv)
+    output: Tensor | None = None  # (B, h, Nq, dv)
     error: str = ""
 
 
@@ -86,10 +83,7 @@ class Keeping:
 
 @dataclass(frozen=True)
 class KernelReader:
-    """Reads kernel calls of one module run: what is known of it, and how tensors are kept.
-
-    `heads`, `batch` and `heads_at` are as `Fold.of` takes them.
-    """
+    """Reads kernel calls of one module run; `heads`, `batch`, `heads_at` as in `Fold.of`."""
 
     keeping: Keeping
     heads: int | None = None
@@ -97,10 +91,7 @@ class KernelReader:
     heads_at: int | None = None
 
     def sdpa(self, call: SdpaCall, out: Tensor | None, autocast: torch.dtype | None) -> Reading:
-        """A call of the fused kernel, over the tensors that the kernel used.
-
-        `autocast` is the dtype that autocast gave to the kernel's inputs, or None.
-        """
+        """A call of the fused kernel; `autocast` is as `autocast_dtype` gives it."""
         query, key, keeping = call.query, call.key, self.keeping
         for name, tensor in (("query", query), ("key", key)):
             if tensor.is_nested:

@@ -51,20 +51,17 @@ class Options:
 
 @dataclass
 class Pass:
-    """One forward of the watched model: what its sites gave.
-
-    `loose` is a pass that no forward of the model frames: a site was called by itself.
-    """
+    """One forward of the watched model: what its sites gave."""
 
     layout: TokenLayout | None = None
-    loose: bool = False
+    loose: bool = False  # framed by no forward of the model: a site was called by itself
     attention: dict[str, list[Attention]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     ran: dict[str, int] = field(default_factory=dict)
 
 
 class Results:
-    """What all passes gave together; shared by what watches the model and what is asked."""
+    """What all passes gave together."""
 
     def __init__(self, names: Iterable[str], *, accumulate: bool) -> None:
         self.lock = threading.RLock()

@@ -22,8 +22,7 @@ def settle(
 ) -> tuple[Reading, Attention]:
     """The one reading of a run of a site, and its attention; `CaptureError` if there is none.
 
-    `source` takes only what was read so; None takes kernels before softmaxes. `sizes` is the shape
-    of the module's input, where it tells attention over channels.
+    `source` takes only what was read so; None takes kernels before softmaxes.
     """
     readings = [_over_tokens(reading, sizes) for reading in notes.readings]
     reading = _unpack_groups(_one(site, readings, notes.problems, source), site)

@@ -13,10 +13,7 @@ MASKED = -1e9
 
 
 def verify_reading(reading: Reading) -> None:
-    """Recompute a sample of the kernel's output rows from the weights.
-
-    `CaptureError` if they differ by more than rounding in the kernel's dtype explains.
-    """
+    """`CaptureError` if a sample of the kernel's output differs by more than rounding explains."""
     attention, value, output = reading.attention, reading.value, reading.output
     if attention is None or value is None or output is None:
         raise CaptureError("verify=True needs the kernel's values and output; they were not seen")
@@ -47,9 +44,7 @@ def verify_reading(reading: Reading) -> None:
 
 
 def largest_logit(logits: Tensor, highest: Tensor) -> float:
-    """The largest |logit| of keys that count: masked ones, at −10³⁸ say, tell nothing of rounding.
-
-    `logits` is `(…, Nk)`, `highest` the largest of every row, `(…, 1)`.
-    """
+    """The largest |logit| of keys that count, with the `highest` of every row, `(…, 1)`."""
+    # Masked ones, at −10³⁸ say, tell nothing of rounding.
     counts = (logits > highest - 40) & (highest > MASKED)
     return float(logits[counts].abs().max()) if bool(counts.any()) else 1.0

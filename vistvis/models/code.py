@@ -14,10 +14,7 @@ _REACHED: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictio
 
 
 def reached_names(cls: type[nn.Module]) -> frozenset[str]:
-    """Every global and attribute name that a module class's own forward code mentions.
-
-    Follows methods of the class and functions of the same module, not child modules.
-    """
+    """Every global and attribute name that a module class's own forward code mentions."""
     if cls not in _REACHED:
         names: set[str] = set()
         forward = getattr(cls, "forward", None)
@@ -28,6 +25,7 @@ def reached_names(cls: type[nn.Module]) -> frozenset[str]:
 
 
 def _reach(function: Any, cls: type, names: set[str], seen: set[Any], depth: int) -> None:
+    # Follows methods of the class and functions of the same module, not child modules.
     if not isinstance(function, FunctionType) or function.__code__ in seen or depth > 4:
         return
     seen.add(function.__code__)

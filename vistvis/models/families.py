@@ -94,38 +94,24 @@ class ModuleTraits:
     """What two kernel calls of one run mean, if they can't be told apart."""
 
 
-def _refused(why: str) -> ModuleTraits:
-    return ModuleTraits(refused=why)
-
-
-_CROSS_COVARIANCE = _refused("attention over channels, not over tokens (cross-covariance)")
-_CHANNELS = _refused("attention over channels, not over tokens")
-_LINEAR = _refused("linear attention: no token-to-token matrix exists")
-_ADDITIVE = _refused("additive linear attention: no token-to-token matrix exists")
-_BRANCHES = _refused("weights between branches, not between tokens")
+_REFUSED = {
+    "attention over channels, not over tokens (cross-covariance)": "XCA CrossCovarianceAttn",
+    "attention over channels, not over tokens": "ChannelAttention ChannelAttentionV2",
+    "linear attention: no token-to-token matrix exists": (
+        "LinearSelfAttention FactorAttnConvRelPosEnc LiteMLA"
+    ),
+    "additive linear attention: no token-to-token matrix exists": (
+        "EfficientAdditiveAttention EfficientAdditiveAttnetion"
+    ),
+    "weights between branches, not between tokens": "SelectiveKernelAttn SplitAttn",
+    "its product of queries and keys mixes the batch, not tokens": "SpatialTransformerBlock",
+    "a lambda layer: its softmax normalises keys, no token-to-token matrix exists": "LambdaLayer",
+    "outlook attention: weights come from a projection, not from keys": "OutlookAttention",
+}
 
 # By class name, or by module and class name where the class name alone says too little.
 MODULES: dict[str, ModuleTraits] = {
-    "XCA": _CROSS_COVARIANCE,
-    "CrossCovarianceAttn": _CROSS_COVARIANCE,
-    "ChannelAttention": _CHANNELS,
-    "ChannelAttentionV2": _CHANNELS,
-    "LinearSelfAttention": _LINEAR,
-    "FactorAttnConvRelPosEnc": _LINEAR,
-    "LiteMLA": _LINEAR,
-    "EfficientAdditiveAttention": _ADDITIVE,
-    "EfficientAdditiveAttnetion": _ADDITIVE,
-    "SelectiveKernelAttn": _BRANCHES,
-    "SplitAttn": _BRANCHES,
-    "SpatialTransformerBlock": _refused(
-        "its product of queries and keys mixes the batch, not tokens"
-    ),
-    "LambdaLayer": _refused(
-        "a lambda layer: its softmax normalises keys, no token-to-token matrix exists"
-    ),
-    "OutlookAttention": _refused(
-        "outlook attention: weights come from a projection, not from keys"
-    ),
+    **{name: ModuleTraits(why) for why, names in _REFUSED.items() for name in names.split()},
     "HaloAttn": ModuleTraits(heads_at=0),
     "MaskUnitAttention": ModuleTraits(heads_at=1),
     "HieraMaskUnitAttention": ModuleTraits(heads_at=1),

@@ -71,10 +71,7 @@ class Site:
         layout: TokenLayout | None,
         window: WindowInfo | None,
     ) -> SiteInfo:
-        """The description that attention of this shape `(B, h, Nq, Nk)` carries.
-
-        `layout` is that of all pictures of the pass.
-        """
+        """What attention `(B, h, Nq, Nk)` carries; `layout` is that of all pictures of the pass."""
         query_layout = key_layout = None
         frames_in_batch = False
         if layout is not None:
