@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from vistvis.errors import CaptureError
 from vistvis.hooks.readings import Reading
@@ -29,7 +28,9 @@ def verify_reading(reading: Reading) -> None:
         # A query whose every key is masked by a large negative number has weights by rounding.
         highest = logits.amax(-1, keepdim=True)
         difference = difference.masked_fill(highest < MASKED, 0.0)
-        size = largest_logit(logits, highest)
+        # Masked logits, at −10³⁸ say, tell nothing of rounding.
+        counting = logits[(logits > highest - 40) & (highest > MASKED)]
+        size = float(counting.abs().max()) if counting.numel() else 1.0
     # Kernels take products in float32 at least, so logits carry that rounding times their size into
     # the weights; weights and output are rounded to the kernel's dtype.
     eps = 64 * torch.finfo(torch.float32).eps * max(1.0, size)
@@ -41,10 +42,3 @@ def verify_reading(reading: Reading) -> None:
             f"weights @ V differs from the kernel's output by {worst:.3g} (rounding explains "
             f"{allowed:.3g}): what was read is not what the kernel used"
         )
-
-
-def largest_logit(logits: Tensor, highest: Tensor) -> float:
-    """The largest |logit| of keys that count, with the `highest` of every row, `(…, 1)`."""
-    # Masked ones, at −10³⁸ say, tell nothing of rounding.
-    counts = (logits > highest - 40) & (highest > MASKED)
-    return float(logits[counts].abs().max()) if bool(counts.any()) else 1.0

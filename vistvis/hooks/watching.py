@@ -103,10 +103,7 @@ class Watch:
             with CompiledTap(events, name, values):
                 return original(*args, **kwargs)
 
-        def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
-            return self._run_site(site, original, args, kwargs)
-
-        return _eager(run, compiled)
+        return _eager(partial(self._run_site, site), compiled)
 
     def _root_listener(self) -> Listener:
         events = self.events
