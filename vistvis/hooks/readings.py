@@ -81,8 +81,7 @@ class Keeping:
         return copy[1].expand(mask.shape)
 
 
-@dataclass(frozen=True)
-class KernelReader:
+class KernelReader(NamedTuple):
     """Reads kernel calls of one module run; `heads`, `batch`, `heads_at` as in `Fold.of`."""
 
     keeping: Keeping

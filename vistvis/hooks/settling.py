@@ -33,9 +33,9 @@ def settle(
 
 def _one(site: Site, readings: list[Reading], problems: list[str], source: str | None) -> Reading:
     sources = {reading.source for reading in readings}
-    wanted = source or ("kernel" if "kernel" in sources else None)
-    if wanted and sources:
-        readings = [reading for reading in readings if reading.source == wanted]
+    only = source or ("kernel" if "kernel" in sources else None)
+    if only and sources:
+        readings = [reading for reading in readings if reading.source == only]
         if not readings:
             raise CaptureError(
                 f'source="{source}" was asked for, and this module shows only '
@@ -45,16 +45,16 @@ def _one(site: Site, readings: list[Reading], problems: list[str], source: str |
         raise CaptureError(problems[0])
     if not readings:
         raise CaptureError(why_unseen(site))
+    if len(readings) == 1:
+        return readings[0]
     if site.traits.head_by_head and len(readings) == site.heads:
         return _stack_heads(readings)
     if site.traits.two_calls and len(readings) == 2:
         raise CaptureError(site.traits.two_calls)
-    if len(readings) > 1:
-        raise CaptureError(
-            f"made {len(readings)} attention kernel calls in one run, and which is meant is "
-            "not known; choose one of its submodules if each makes one call"
-        )
-    return readings[0]
+    raise CaptureError(
+        f"made {len(readings)} attention kernel calls in one run, and which is meant is "
+        "not known; choose one of its submodules if each makes one call"
+    )
 
 
 def _stack_heads(readings: Sequence[Reading]) -> Reading:

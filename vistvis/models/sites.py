@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeAlias, overload
 
 import torch
@@ -54,7 +55,7 @@ class Site:
         """The module's class name."""
         return type(self.module).__name__
 
-    @property
+    @cached_property
     def traits(self) -> ModuleTraits:
         return module_traits(self.module)
 
