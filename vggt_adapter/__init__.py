@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from vggt_adapter.preprocess import load_images as load_images
     from vggt_adapter.values import get_attention_values as get_attention_values
 
-# Where the names above live; each module is imported when one of its names is first used.
 _LAZY = {
     "aggregator": ("Aggregator",),
     "config": ("VGGTConfig", "ViTConfig"),

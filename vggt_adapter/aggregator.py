@@ -199,10 +199,7 @@ class VisionTransformer(nn.Module):
             Block(width, vit.num_heads, qk_norm=False, **options) for _ in range(vit.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Random weights, as DINOv2 starts its training."""
+        # Random weights, as DINOv2 starts its training.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:

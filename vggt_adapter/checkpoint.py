@@ -188,10 +188,8 @@ def open_weights(source: str | Path) -> Iterator[WeightsFile]:
         return
     from safetensors import SafetensorError, safe_open
 
-    try:
+    with _unharmed(file, SafetensorError, OSError, ValueError):
         handle = safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(file, error) from error
     with handle as opened:
         prefix = _prefix(list(opened.keys()), file)
         shapes = {
@@ -201,10 +199,8 @@ def open_weights(source: str | Path) -> Iterator[WeightsFile]:
         }
 
         def read(name: str) -> Tensor:
-            try:
+            with _unharmed(file, SafetensorError, OSError, ValueError, RuntimeError):
                 value: Tensor = opened.get_tensor(prefix + name)
-            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-                raise _damaged(file, error) from error
             return value
 
         yield WeightsFile(file, shapes, read, opened.metadata() or {})
@@ -212,12 +208,8 @@ def open_weights(source: str | Path) -> Iterator[WeightsFile]:
 
 def _open_torch(file: Path) -> WeightsFile:
     _check_sums(file)
-    try:
+    with _unharmed(file, Exception):  # unpickling garbage can raise anything
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # unpickling garbage can raise anything
-        raise _damaged(file, error) from error
     for key in ("model", "state_dict"):  # as training scripts nest it
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -234,11 +226,9 @@ def _open_torch(file: Path) -> WeightsFile:
 
 def _check_sums(file: Path) -> None:
     """Every record against its CRC-32, which torch writes but does not check."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            wrong = archive.testzip()
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
-        raise _damaged(file, error) from error
+    faults = (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError)
+    with _unharmed(file, *faults), zipfile.ZipFile(file) as archive:
+        wrong = archive.testzip()
     if wrong is not None:
         raise CheckpointError(
             f"{str(file)!r} cannot be read: its record {wrong!r} does not match its checksum; "
@@ -293,7 +283,11 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, file: Path | None = N
         "mlp_ratio": hidden / max(width, 1),
         "num_register_tokens": shape("register_token", 4)[2],
     }
-    if "patch_embed.pos_embed" in shapes:
+    if "patch_embed.pos_embed" not in shapes:
+        patch = shape(r"patch_embed\.proj\.weight", 4)[-1]
+        side = 37  # a convolution takes any size; the usual grid
+        sizes["patch_embed"] = "conv"
+    else:
         patch = shape(r"patch_embed\.patch_embed\.proj\.weight", 4)[-1]
         side = round((shape(r"patch_embed\.pos_embed", 3)[1] - 1) ** 0.5)
         hidden = shape(r"patch_embed\.blocks\.\d+\.mlp\.fc1\.weight", 2)[0]
@@ -310,22 +304,25 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, file: Path | None = N
             mlp_ratio=hidden / width,
             num_register_tokens=registers[1] if len(registers) == 3 else 0,
         )
-        sizes["img_size"] = side * patch
-    else:
-        patch = shape(r"patch_embed\.proj\.weight", 4)[-1]
-        sizes["patch_embed"] = "conv"
-        sizes["img_size"] = 37 * patch  # a convolution takes any size; the usual grid
     try:
-        return VGGTConfig(**sizes, patch_size=patch)
+        return VGGTConfig(**sizes, img_size=side * patch, patch_size=patch)
     except InputError as error:
         raise CheckpointError(f"the shapes in {where} contradict each other: {error}") from error
 
 
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    first_line = next(iter(str(error).splitlines()), "")
-    hint = "fetch the file again, or use the .safetensors form"
-    if type(error).__name__ == "UnpicklingError":
-        hint = "it may be damaged, or hold code, which is never run: use the .safetensors form"
-    return CheckpointError(
-        f"{str(file)!r} cannot be read as weights ({type(error).__name__}: {first_line}); {hint}"
-    )
+@contextmanager
+def _unharmed(file: Path, *faults: type[Exception]) -> Iterator[None]:
+    """Turns such errors while a file is read into a CheckpointError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except faults as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        hint = "fetch the file again, or use the .safetensors form"
+        if type(error).__name__ == "UnpicklingError":
+            hint = "it may be damaged, or hold code, which is never run: use the .safetensors form"
+        raise CheckpointError(
+            f"{str(file)!r} cannot be read as weights ({type(error).__name__}: {first_line}); "
+            f"{hint}"
+        ) from error

@@ -51,9 +51,9 @@ class VGGTConfig:
 
     Attributes
     ----------
-    img_size
-        Pixels along one side of the square that the positional embedding was made for. Images of
-        other sizes are fine: the embedding is resized to their grid.
+    img_size, patch_size
+        Pixels along one side of the square that the positional embedding was made for (it is
+        resized to the grid of other images), and of a patch.
     embed_dim
         Width C of all blocks.
     depth
@@ -73,10 +73,7 @@ class VGGTConfig:
     init_values
         Initial scale of the residual branches (LayerScale).
 
-    Raises
-    ------
-    InputError
-        If sizes do not fit each other.
+    InputError if sizes do not fit each other.
     """
 
     img_size: int = IMAGE_SIZE

@@ -52,7 +52,7 @@ def demo_visualize_token_attention(
         The pair of blocks; negative from the end.
     token_idx
         One absolute index over all frames, for both kinds of attention: frame attention shows the
-        frame in which it lies.
+        frame in which it lies. Moved to a patch as in `get_attention_values`.
     attention_types
         "frame", "global" or both: which figures are drawn.
     model
@@ -70,31 +70,17 @@ def demo_visualize_token_attention(
 
     Returns
     -------
-    figures
-        `{"frame": figure, "global": figure}`, those that were asked for.
-    result
-        What `extract_both_attentions` returns.
+    `{"frame": figure, "global": figure}`, those that were asked for, and what
+    `extract_both_attentions` returns.
 
-    Raises
-    ------
-    InputError
-        If pictures can't be read, a block does not exist, or arguments contradict each other.
-    IndexOutOfRange
-        If the head does not exist.
-
-    Cost: one forward pass.
+    InputError if pictures can't be read, a block does not exist, or arguments contradict each
+    other; IndexOutOfRange if the head does not exist. Cost: one forward pass.
     """
     ready = load_model(model, device=device, dtype=dtype)
     loaded = load_pictures(image_paths, ready, size=size, mode=mode)
     place, requested = choose_token(ready, loaded, token_idx, allow_special=allow_special)
-    answer = ask(
-        ready,
-        loaded,
-        place,
-        Query(requested, head_idx, renormalize=renormalize),
-        block_idx=block_idx,
-        attention_types=attention_types,
-    )
+    query = Query(requested, head_idx, renormalize=renormalize)
+    answer = ask(ready, loaded, place, query, block_idx=block_idx, attention_types=attention_types)
     figures = answer.draw(norm=norm, pictures=loaded.sharp())
     if output_dir is not None:
         answer.write(figures, output_dir)
@@ -126,22 +112,19 @@ the bundled model:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `vistvis demo`."""
     parser.epilog = _EXAMPLES
-    parser.add_argument(
-        "images", nargs="*", metavar="PHOTO", help="photographs of one scene (default: samples)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("images", nargs="*", metavar="PHOTO", help="photographs of one scene (default: samples)")
+    add(
         *("-m", "--model"),
         default=TINY,
         help="'tiny' (bundled, default), a name on the hub, a local folder or file",
     )
-    parser.add_argument(
+    add(
         *("-b", "--block"),
         type=int,
         help="pair of blocks, from 0; negative from the end (default: the last)",
     )
-    parser.add_argument(
-        "--head", type=_head, help="a head, 'mean' or 'max' over all heads (default: 0)"
-    )
+    add("--head", type=_head, help="a head, 'mean' or 'max' over all heads (default: 0)")
     query = parser.add_mutually_exclusive_group()
     query.add_argument(
         "--pixel",
@@ -152,28 +135,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument(
         "--token", type=int, help="the query: a token, counted over all frames, special ones too"
     )
-    parser.add_argument(
-        "--allow-special", action="store_true", help="--token may be a camera or register token"
-    )
-    parser.add_argument(
-        "--types", type=_types, default=ATTENTION_TYPES, help="frame,global (default), or one"
-    )
-    parser.add_argument(
-        "--norm", choices=NORMS, default="linear", help="colour scale (default: linear)"
-    )
-    parser.add_argument(
-        "--renormalize", action="store_true", help="weights over patches only, summing to 1"
-    )
-    parser.add_argument("--size", type=int, help="pixels of the pictures' width (default: model's)")
-    parser.add_argument("--mode", choices=MODES, default="crop", help="how they are cut")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")
-    parser.add_argument(
-        *("-o", "--out"),
-        default="vistvis-demo",
-        metavar="DIR",
-        help="where files go (default: %(default)s)",
-    )
+    add("--allow-special", action="store_true", help="--token may be a camera or register token")
+    add("--types", type=_types, default=ATTENTION_TYPES, help="frame,global (default), or one")
+    add("--norm", choices=NORMS, default="linear", help="colour scale (default: linear)")
+    add("--renormalize", action="store_true", help="weights over patches only, summing to 1")
+    add("--size", type=int, help="pixels of the pictures' width (default: model's)")
+    add("--mode", choices=MODES, default="crop", help="how they are cut")
+    add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    add("--dtype", choices=DTYPES, help="default: that of the weights")
+    files = "where files go (default: %(default)s)"
+    add("-o", "--out", default="vistvis-demo", metavar="DIR", help=files)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -186,14 +157,9 @@ def run(arguments: argparse.Namespace) -> int:
         model, loaded, arguments.token, pixel=arguments.pixel, allow_special=arguments.allow_special
     )
     head = suggested(model, "head", 0) if arguments.head is None else arguments.head
-    answer = ask(
-        model,
-        loaded,
-        place,
-        Query(requested, head, renormalize=arguments.renormalize),
-        block_idx=suggested(model, "block", -1) if arguments.block is None else arguments.block,
-        attention_types=arguments.types,
-    )
+    block = suggested(model, "block", -1) if arguments.block is None else arguments.block
+    query = Query(requested, head, renormalize=arguments.renormalize)
+    answer = ask(model, loaded, place, query, block_idx=block, attention_types=arguments.types)
     figures = answer.draw(norm=arguments.norm, pictures=loaded.sharp())
     written = answer.write(figures, arguments.out)
     trained = getattr(model, "trained", True)

@@ -35,12 +35,8 @@ class AttentionExtractor:
     >>> extractor.captured["global_block_23"].rows(500)     # (B, h, 1, S·P)
     >>> extractor.clear_hooks()
 
-    As a context manager it clears its hooks at the end, whatever happens inside.
-
-    Raises
-    ------
-    SiteError
-        If the model has no frame and global blocks.
+    As a context manager it clears its hooks at the end, whatever happens inside. SiteError if the
+    model has no frame and global blocks.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,7 +63,7 @@ class AttentionExtractor:
     ) -> AttentionExtractor:
         """Watch blocks from the next forward pass on; earlier hooks of this extractor go first.
 
-        Returns the extractor.
+        Returns the extractor; InputError if a block or an attention type does not exist.
 
         Parameters
         ----------
@@ -88,11 +84,6 @@ class AttentionExtractor:
         sink
             Called with `(block name, attention)` as soon as a block has run, in place of keeping
             it: a `vistvis.RunWriter` stores blocks while the model runs on.
-
-        Raises
-        ------
-        InputError
-            If a block or an attention type does not exist.
 
         Cost: 1 to 3 % of a forward pass on a CPU, up to 5 % where hooks go on for each pass; memory
         of Q and K, `2 · B·S·P·C` numbers a block.
@@ -115,13 +106,8 @@ class AttentionExtractor:
     def captured(self) -> Capture:
         """Block name → `Attention`, in model order: `frame_block_0`, `global_block_0`, …
 
-        Stays readable after `clear_hooks`, until hooks are registered again.
-
-        Raises
-        ------
-        CaptureError
-            If no hooks were registered. Its items raise it if no forward pass has run since, or
-            if what ran can't be read exactly.
+        Stays readable after `clear_hooks`, until hooks are registered again. CaptureError if none
+        were; its items raise it if no forward pass has run since, or what ran can't be read.
         """
         if self._capture is None:
             raise CaptureError(
@@ -138,12 +124,7 @@ class AttentionExtractor:
         `accumulate=True`), 'layer_type', 'num_heads', 'num_tokens', and 'rope': False where
         queries and keys were taken before RoPE.
 
-        Raises
-        ------
-        CaptureError
-            If there is nothing to return: no hooks, or no forward pass since.
-        DenseLimitError
-            With `dense=True`, if a matrix is larger than the limit.
+        CaptureError as `captured`; DenseLimitError if a matrix that is to be dense is too large.
         """
         return {
             name: _entry(attention, dense=self._dense) for name, attention in self.captured.items()
@@ -193,14 +174,8 @@ def extract_both_attentions(
     `{'frame_attention': {...}, 'global_attention': {...}, 'block_idx', 'patch_start_idx'}`; the
     inner dicts are those of `AttentionExtractor.get_attention_maps`.
 
-    Raises
-    ------
-    InputError
-        If the block does not exist, or `images` is no batch of pictures.
-    SiteError
-        If the model has no frame and global blocks.
-
-    Cost: one forward pass, and memory of Q and K of two blocks.
+    InputError if the block does not exist, or `images` is no batch of pictures; SiteError as
+    `AttentionExtractor`. Cost: one forward pass, and memory of Q and K of two blocks.
     """
     images_shape(images)
     with AttentionExtractor(model) as extractor:

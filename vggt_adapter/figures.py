@@ -1,7 +1,6 @@
-"""Figures of one query token: the picture and what it attends to.
+"""Figures of one query token, drawn from `vggt_adapter.values`.
 
-Drawing only: every number comes from `vggt_adapter.values`. Positions are worked out in inches, so
-that pictures keep their shape and no label is clipped, whatever the number of frames.
+Positions are worked out in inches, so that pictures keep their shape and no label is clipped.
 """
 
 from __future__ import annotations
@@ -83,14 +82,8 @@ batch_idx, patch_size, renormalize, allow_special
     save_path
         Write the figure there too; the ending chooses the format.
 
-    Returns
-    -------
-    A matplotlib figure that pyplot does not know: nothing to close, and it shows in notebooks.
-
-    Raises
-    ------
-    InputError, IndexOutOfRange
-        As `get_attention_values`; also for an unknown `norm`.
+    Returns a figure that pyplot does not know: nothing to close, and it shows in notebooks. Errors
+    as in `get_attention_values`; InputError also for an unknown `norm`.
     """
     query = Query(
         token_idx,

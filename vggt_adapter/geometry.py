@@ -67,10 +67,7 @@ class ImageGeometry:
     def model_pixel(self, x: float, y: float) -> tuple[int, int]:
         """The model-input pixel (x, y) that shows a pixel of the original, as `token_at` takes it.
 
-        Raises
-        ------
-        InputError
-            If the original has no such pixel, or it was cropped away.
+        InputError if the original has no such pixel, or it was cropped away.
         """
         height, width = self.original_size
         if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
@@ -175,10 +172,7 @@ def preprocess_geometry(
 ) -> tuple[ImageGeometry, ...]:
     """Where `load_images` would put photos of these (width, height), upright; reads no file.
 
-    Raises
-    ------
-    InputError
-        As `load_images`, and if a size is not positive.
+    InputError as `load_images`, and if a size is not positive.
     """
     fit = Fit(mode, size, patch_size)
     if not sizes:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vggt_adapter.config import PATCH_SIZE
-from vistvis import Attention, TokenLayout
+from vistvis import Attention, SiteInfo, TokenLayout
 from vistvis.errors import IndexOutOfRange, InputError
 
 ATTENTION_TYPES = ("frame", "global")
@@ -89,8 +89,9 @@ def images_shape(images: Images) -> tuple[int, int, int, int]:
 
 def layout_of(attention: Attention, size: tuple[int, int, int], query: Query) -> TokenLayout:
     """The layout of all frames, from the site where there is one, else from pictures (S, H, W)."""
-    if attention.site is not None and attention.site.key_layout is not None:
-        return _layout_of_site(attention, attention.site.key_layout, size, query)
+    site = attention.site
+    if site is not None and site.key_layout is not None:
+        return _layout_of_site(site, site.key_layout, size, query)
     frames, height, width = size
     given = query.patch_start_idx
     start = len(SPECIAL) if given is None else operator.index(given)
@@ -109,17 +110,17 @@ def layout_of(attention: Attention, size: tuple[int, int, int], query: Query) ->
 
 
 def _layout_of_site(
-    attention: Attention, layout: TokenLayout, size: tuple[int, int, int], query: Query
+    site: SiteInfo, layout: TokenLayout, size: tuple[int, int, int], query: Query
 ) -> TokenLayout:
-    frames, height, width = size
-    name, start, patch = name_of(attention), query.patch_start_idx, query.patch_size
+    (frames, height, width), name = size, repr(site.name)
+    start: Any = query.patch_start_idx
+    patch: Any = query.patch_size
     if start is not None and operator.index(start) != layout.patch_start_idx:
         raise InputError(
             f"patch_start_idx={start}, but {name} has {layout.patch_start_idx} special tokens per "
             "frame; leave patch_start_idx out"
         )
-    same: Any = patch
-    if patch is not None and replace(layout, patch_size=same) != layout:
+    if patch is not None and replace(layout, patch_size=patch) != layout:
         raise InputError(
             f"patch_size={patch}, but {name} has patches of {layout.patch_size}; leave patch_size "
             "out"
@@ -129,8 +130,7 @@ def _layout_of_site(
             f"{name} saw pictures of {_size(*layout.image_size)}, the images are "
             f"{_size(height, width)}; pass the images that the model got"
         )
-    assert attention.site is not None
-    if attention.site.kind == "global" and layout.frames != frames:
+    if site.kind == "global" and layout.frames != frames:
         raise InputError(
             f"{name} saw {layout.frames} frames, images has {frames}; pass the images that the "
             "model got"
@@ -138,8 +138,10 @@ def _layout_of_site(
     return replace(layout, frames=frames)
 
 
-def kind_of(attention: Attention, layout: TokenLayout, attention_type: str | None) -> str:
-    """ "frame" or "global": `attention_type`, checked against what the weights are."""
+def kind_of(
+    attention: Attention, layout: TokenLayout, batches: int, attention_type: str | None
+) -> str:
+    """ "frame" or "global": `attention_type`, checked against what the weights are and hold."""
     if attention_type is not None and attention_type not in ATTENTION_TYPES:
         raise InputError(f"attention_type is 'frame' or 'global', got {attention_type!r}")
     name, tokens = name_of(attention), attention.shape[-1]
@@ -165,6 +167,14 @@ def kind_of(attention: Attention, layout: TokenLayout, attention_type: str | Non
             f"are {here} of {one}, not {there}. Pass attention_type={kind!r}, or "
             f"result['{attention_type}_attention']['attn_weights']"
         )
+    size, expected = f"B = {batches}", batches
+    if kind == "frame":
+        size, expected = f"B·S = {batches}·{layout.frames}", batches * layout.frames
+    if attention.shape[0] != expected:
+        raise InputError(
+            f"{name} holds {attention.shape[0]} in its batch dimension, images say {size}; pass "
+            "images (B, S, 3, H, W) as the model got them, and the weights of all of them"
+        )
     return kind
 
 
@@ -176,17 +186,6 @@ def checked_types(attention_types: str | Sequence[str]) -> list[str]:
             f"attention types are {' and '.join(map(repr, ATTENTION_TYPES))}, got {asked!r}"
         )
     return [kind for kind in ATTENTION_TYPES if kind in asked]
-
-
-def check_batches(attention: Attention, kind: str, batches: int, frames: int) -> None:
-    held = attention.shape[0]
-    expected = batches * frames if kind == "frame" else batches
-    if held != expected:
-        size = f"B·S = {batches}·{frames}" if kind == "frame" else f"B = {batches}"
-        raise InputError(
-            f"{name_of(attention)} holds {held} in its batch dimension, images say {size}; pass "
-            "images (B, S, 3, H, W) as the model got them, and the weights of all of them"
-        )
 
 
 def head_of(head_idx: Head, heads: int) -> int | str:

@@ -11,12 +11,7 @@ from vistvis.models.loading import LoadedModel
 
 
 def load(
-    model: str,
-    *,
-    device: str | None,
-    dtype: str | None,
-    images: Sequence[Path],
-    size: int | None,
+    model: str, *, device: str | None, dtype: str | None, images: Sequence[Path], size: int | None
 ) -> LoadedModel:
     """The loader of the entry-point group "vistvis.models"; `model` as in `load_model`."""
     ready = load_model(model, device=device, dtype=dtype)

@@ -51,6 +51,8 @@ class VGGT(nn.Module):
     ) -> tuple[list[Tensor], int]:
         """Aggregate the tokens of some frames of one scene.
 
+        InputError for images of another shape or type, or a pair that does not exist.
+
         Parameters
         ----------
         images
@@ -66,34 +68,22 @@ class VGGT(nn.Module):
         patch_start_idx
             Special tokens at the start of each frame; `tokens[-1][:, :, patch_start_idx:]` are
             the patches, grid row after grid row.
-
-        Raises
-        ------
-        InputError
-            If the images have another shape or type, or a pair does not exist.
         """
-        result: tuple[list[Tensor], int] = self.aggregator(images, pairs=pairs)
-        return result
+        return self.aggregator(images, pairs=pairs)  # type: ignore[no-any-return]
 
     @classmethod
     def from_config(cls, config: VGGTConfig | None = None, **sizes: Any) -> VGGT:
         """A model with random weights (seed: `torch.manual_seed`), of the sizes of `VGGTConfig`.
 
-        `VGGT.from_config(embed_dim=128, depth=4, num_heads=4, patch_embed="conv")`.
-
-        Raises
-        ------
-        InputError
-            If a size is unknown or sizes do not fit each other, or both forms are mixed.
+        `VGGT.from_config(embed_dim=128, depth=4, num_heads=4, patch_embed="conv")`. InputError if
+        a size is unknown or sizes do not fit each other, or both forms are mixed.
         """
-        if config is None:
-            return cls(VGGTConfig.from_dict(sizes))
-        if sizes:
+        if config is not None and sizes:
             raise InputError(
                 f"give a VGGTConfig or single sizes, not both; got a config and {sorted(sizes)}: "
                 "use dataclasses.replace(config, …)"
             )
-        return cls(config)
+        return cls(config or VGGTConfig.from_dict(sizes))
 
     @classmethod
     def from_pretrained(
@@ -142,13 +132,9 @@ def load_checkpoint(
         Needed only where shapes do not tell the sizes: a transformer of another width than
         DINOv2's as patch embedding, in a file that `save_checkpoint` did not write.
 
-    Raises
-    ------
-    CheckpointError
-        If the weights cannot be found or read, or names or shapes differ from the model's: one
-        error lists all that is missing, unexpected or of another shape.
-    InputError
-        If there is no such device here, or dtype is no floating type.
+    CheckpointError if the weights cannot be found or read, or names or shapes differ from the
+    model's: one error lists all that is missing, unexpected or of another shape. InputError if
+    there is no such device here, or dtype is no floating type.
     """
     device = device_of(device or "cpu")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -68,10 +68,7 @@ class LoadedImages:
         return self.sharp_pixels.astype(np.float32) / np.float32(255)
 
     def token_at(self, layout: TokenLayout, frame: int, x: float, y: float) -> int:
-        """The absolute index of the patch under pixel (x, y) of the original photo of a frame.
-
-        InputError if the photo has no such pixel, or it was cropped away.
-        """
+        """The absolute index of the patch under pixel (x, y) of a frame's original photo."""
         return layout.token_at(frame, *self.geometries[frame].model_pixel(x, y))
 
     def original_box(
@@ -110,21 +107,15 @@ def load_images(
     mode
         "crop": `size` wide, the height follows; what is higher than `size` is cut off at top and
         bottom, equally. "pad": the longest side `size`, and white around it, to a square.
-    size
-        Pixels; a multiple of `patch_size`.
-    patch_size
-        The other side is rounded to a multiple of it.
+    size, patch_size
+        In pixels; `size` is a multiple of `patch_size`, and the other side is rounded to one.
     exif
         Turn photos upright that were stored sideways. False: as stored, which is what the
         published loader does.
 
     Transparent pixels are blended onto white. Photos that end in different sizes are padded with
-    white to the largest, with a `VistvisWarning`.
-
-    Raises
-    ------
-    InputError
-        If there is no path, the mode or size is none, or a file cannot be read as a picture.
+    white to the largest, with a `VistvisWarning`. InputError if there is no path, the mode or size
+    is none, or a file cannot be read as a picture.
     """
     files, fit = _files(paths), Fit(mode, size, patch_size)
     for file in files:  # a missing file at the end fails before the others cost time

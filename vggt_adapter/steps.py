@@ -80,12 +80,8 @@ def load_model(
 ) -> nn.Module:
     """The model that is meant, on its device, in eval mode; as in `demo_visualize_token_attention`.
 
-    Raises
-    ------
-    InputError
-        For a device this machine does not have, or an unknown dtype.
-    CheckpointError
-        If the weights can't be had, or don't fit.
+    InputError for a device this machine does not have or an unknown dtype, CheckpointError if the
+    weights can't be had, or don't fit.
     """
     to_dtype = None if dtype is None else dtype_of(dtype)
     if isinstance(model, nn.Module):  # stays where it is, unless a device is named

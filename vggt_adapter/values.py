@@ -18,7 +18,6 @@ from vggt_adapter.inputs import (
     Query,
     Weights,
     as_attention,
-    check_batches,
     head_of,
     images_shape,
     kind_of,
@@ -73,11 +72,6 @@ class QueryValues:
         return range(first, first + len(self.maps))
 
     @property
-    def token_idx(self) -> int:
-        """The query as its attention counts: within its frame, or absolutely."""
-        return self.query.token_in_frame if self.attention_type == "frame" else self.query.token
-
-    @property
     def head_text(self) -> str:
         """For people: "head 3", or "mean of 16 heads"."""
         if isinstance(self.head, int):
@@ -106,19 +100,20 @@ class QueryValues:
     def metadata(self) -> dict[str, Any]:
         """The plain numbers that go with the maps."""
         (rows, cols), (height, width) = self.layout.grid, self.layout.image_size
+        query, single = self.query, self.attention_type == "frame"
         return {
             "grid_h": rows,
             "grid_w": cols,
             "H": height,
             "W": width,
             "S": self.layout.frames,
-            "token_idx": self.token_idx,
+            "token_idx": query.token_in_frame if single else query.token,
             "head_idx": self.head,
             "attention_type": self.attention_type,
             "patch_start_idx": self.layout.patch_start_idx,
             "patch_mass": self.patch_mass,
-            "frame_idx": self.query.frame,
-            "token_in_frame": self.query.token_in_frame,
+            "frame_idx": query.frame,
+            "token_in_frame": query.token_in_frame,
             "batch_idx": self.batch,
             "requested_token_idx": self.requested,
             "renormalized": self.renormalized,
@@ -191,12 +186,8 @@ def get_attention_values(
         patch_start_idx, patch_mass, frame_idx, token_in_frame, batch_idx, requested_token_idx,
         renormalized, patch_size, block_idx.
 
-    Raises
-    ------
-    InputError
-        If weights, pictures and arguments contradict each other.
-    IndexOutOfRange
-        If the head, frame or batch does not exist.
+    InputError if weights, pictures and arguments contradict each other; IndexOutOfRange if the
+    head, frame or batch does not exist.
 
     Cost: one row of each head asked for, `S·P·d` multiply-adds a head, and the resizing.
     """
@@ -219,8 +210,7 @@ def query_values(attn_weights: Weights, images: Images, query: Query) -> QueryVa
     attention = as_attention(attn_weights)
     batches, frames, height, width = images_shape(images)
     layout = layout_of(attention, (frames, height, width), query)
-    kind = kind_of(attention, layout, query.attention_type)
-    check_batches(attention, kind, batches, frames)
+    kind = kind_of(attention, layout, batches, query.attention_type)
     batch = within("batch_idx", query.batch_idx, batches)
 
     token, special = operator.index(query.token_idx), query.allow_special
