@@ -1,4 +1,4 @@
-"""Names that stay in their folder, and files that are whole or not there."""
+"""Names that stay in their folder, files that are whole or not there, and who writes them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,7 @@ TEMPORARY = ".part"  # how the name of a file ends that `atomic_file` has not fi
 
 
 def checked_name(name: object, what: str = "name") -> str:
-    """`name`, if it is one plain component of a path.
-
-    Raises
-    ------
-    InputError
-        For anything that could lead elsewhere: `..`, separators, absolute paths, NUL, drives.
-    """
+    """`name`, if it is one plain component of a path; InputError for what could lead elsewhere."""
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f"{what} is a string, got {type(name).__name__}")
     text = os.fspath(name)
@@ -44,15 +38,7 @@ def checked_name(name: object, what: str = "name") -> str:
 
 
 def inside(base: PathLike, *names: str) -> Path:
-    """`base/name/…`, with every name checked and no symbolic link leading out of `base`.
-
-    Raises
-    ------
-    InputError
-        If a name is not plain.
-    StoreError
-        If a symbolic link on the way leads out of `base`.
-    """
+    """`base/name/…`: InputError if a name is not plain, StoreError if a symbolic link leads out."""
     path = Path(base, *(checked_name(name) for name in names))
     root = os.path.realpath(base)
     if os.path.commonpath((root, os.path.realpath(path))) != root:
@@ -61,6 +47,16 @@ def inside(base: PathLike, *names: str) -> Path:
             "choose the folder that it leads to as the base"
         )
     return path
+
+
+def version() -> str | None:
+    """The installed version of this package; None in a checkout that is not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("vistvis")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ HELP = "what a stored run holds: model, pictures, sites, what is missing"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `vistvis info`."""
     parser.add_argument("run", metavar="RUN", help="a run's folder or fsspec URL")
     parser.add_argument(
         "--check", action="store_true", help="compare every checksum (reads the whole run)"
@@ -30,36 +29,34 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.check:
         stored.check(progress=not arguments.json)
     if arguments.json:
-        import json
-
-        sys.stdout.write(json.dumps(summary(stored), indent=1) + "\n")
+        print(json.dumps(summary(stored), indent=1))
     else:
-        sys.stdout.write("\n".join(lines(stored, checked=arguments.check)) + "\n")
+        print("\n".join(lines(stored, checked=arguments.check)))
     return 0 if stored.complete else 1
 
 
 def summary(stored: Run) -> dict[str, Any]:
     """What is printed, as plain data."""
-    images = stored.image_shape
+    records = {name: stored.record(name) for name in stored}
     return {
         "path": stored.path,
         "model": stored.model,
         "layout": stored.layout.to_dict() if stored.layout else None,
-        "images": list(images) if images else None,
+        "images": stored.image_shape,
         "metadata": stored.metadata,
         "bytes": stored.nbytes,
         "complete": stored.complete,
         "sites": {
             name: {
                 "kind": record.holds,
-                "shape": list(record.shape),
+                "shape": record.shape,
                 "dtype": record.dtype,
                 "bytes": record.file.nbytes,
             }
-            for name, record in ((name, stored.record(name)) for name in stored)
+            for name, record in records.items()
         },
-        "missing": list(stored.missing),
-        "damaged": dict(stored.damaged),
+        "missing": stored.missing,
+        "damaged": stored.damaged,
     }
 
 

@@ -1,9 +1,6 @@
-"""Runs on disk: a manifest, one safetensors file per site, and the images.
+"""Runs on disk: a manifest, one safetensors file per site, and the images (`docs/runs.md`).
 
-`RunWriter` and `save_run` write, `open_run` reads. Parts: `tensors` (one file), `codec`
-(`Attention` as tensors and facts), `formats` (single files, for the decorators), `folders` (local
-or behind a URL), `manifest` (what a run says about itself), `ledger` (a run that is being written),
-`writer`, `reader`.
+`formats` is apart: single files of tensors, for the decorators.
 """
 
 from __future__ import annotations

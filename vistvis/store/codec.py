@@ -24,8 +24,6 @@ HOLDINGS = {
 def tensors_of(attention: Attention) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors that hold an `Attention`, none of them copied, and the facts they do not say.
 
-    Returns
-    -------
     `{"query": (B, h, Nq, d), "key": (B, h_k, Nk, d)}`, perhaps with a `mask` that broadcasts to
     `(B, h, Nq, Nk)` and a `scale` `(h,)`, and the facts `scale` (None where it is a tensor) and
     `causal`; or `{"weights": (B, h, Nq, Nk)}` and no facts.
@@ -35,11 +33,12 @@ def tensors_of(attention: Attention) -> tuple[dict[str, Tensor], dict[str, Any]]
     tensors = {"query": attention.query, "key": attention.key}
     if attention.mask is not None:
         tensors["mask"] = _unexpanded(attention.mask)
-    scale = attention.scale
-    if isinstance(scale, Tensor):
-        tensors["scale"] = scale
-    number = None if isinstance(scale, Tensor) else float(scale)
-    return tensors, {"scale": number, "causal": attention.causal}
+    facts: dict[str, Any] = {"scale": None, "causal": attention.causal}
+    if isinstance(attention.scale, Tensor):
+        tensors["scale"] = attention.scale
+    else:
+        facts["scale"] = float(attention.scale)
+    return tensors, facts
 
 
 def attention_of(
@@ -47,10 +46,7 @@ def attention_of(
 ) -> Attention:
     """The reverse of `tensors_of`; facts that are not there have `Attention`'s defaults.
 
-    Raises
-    ------
-    InputError
-        If the tensors do not fit together.
+    InputError if the tensors do not fit together.
     """
     if "query" not in tensors:
         return Attention.from_weights(tensors["weights"], site=site)

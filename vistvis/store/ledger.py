@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from vistvis.attention import Attention, SiteInfo
 from vistvis.errors import StoreError
@@ -20,37 +20,19 @@ from vistvis.store.tensors import Encoded, checksum
 _SAID = ("model", "layout", "metadata")
 
 
-@dataclass(frozen=True)
-class Draft:
-    """What a writer was asked for: its manifest before the first site, and the pictures.
-
-    `resume`: whether an unfinished run of the same may be gone on with.
-    """
-
-    manifest: Manifest
-    images: Encoded | None
-    resume: bool
-
-    def fits(self, earlier: Manifest) -> bool:
-        """Whether an unfinished run is this one, as far as can be told, and may be gone on with."""
-        asked = self.manifest
-        pairs = [(getattr(asked, key), getattr(earlier, key)) for key in _SAID]
-        same = all(ours == theirs for ours, theirs in pairs if ours and theirs)
-        announced = not asked.expected or set(earlier.sites) <= set(asked.expected)
-        if not (self.resume and same and announced):
-            return False
-        if self.images is None or earlier.images is None:
-            return self.images is None or not earlier.sites
-        return earlier.images.is_of(self.images)
-
-    def going_on_from(self, earlier: Manifest) -> Manifest:
-        """The manifest of a writer that goes on with what is left of an unfinished run."""
-        keys = (*_SAID, "expected")
-        said = {key: getattr(self.manifest, key) or getattr(earlier, key) for key in keys}
-        return replace(self.manifest, sites=earlier.sites, images=earlier.images, **said)
+def _fits(earlier: Manifest, asked: Manifest, images: Encoded | None) -> bool:
+    """Whether an unfinished run is the one asked for, as far as can be told."""
+    pairs = [(getattr(asked, key), getattr(earlier, key)) for key in _SAID]
+    same = all(ours == theirs for ours, theirs in pairs if ours and theirs)
+    announced = not asked.expected or set(earlier.sites) <= set(asked.expected)
+    if not (same and announced):
+        return False
+    if images is None or earlier.images is None:
+        return images is None or not earlier.sites
+    return earlier.images.is_of(images)
 
 
-class Files:
+class _Files:
     """The files of a run in its folder: manifests, and names that are free for sites."""
 
     def __init__(self, folder: Folder) -> None:
@@ -128,39 +110,51 @@ class Files:
 class Ledger:
     """Adds sites to a run so that what is on disk is sound at every moment.
 
+    `manifest` is what a writer was asked for, before the first site; `resume` whether an unfinished
+    run of the same may be gone on with.
+
     A run that continues or begins one is written into `manifest.json` site by site. A run that is
     to replace another gathers in `manifest.next.json`, with files of its own names, until `finish`
     renames that over the first: one rename, so that the replacement is whole or has not happened.
     """
 
-    def __init__(self, folder: Folder, draft: Draft) -> None:
-        self._folder, self._files = folder, Files(folder)
+    manifest: Manifest
+
+    def __init__(
+        self, folder: Folder, manifest: Manifest, images: Encoded | None, *, resume: bool
+    ) -> None:
+        def fits(earlier: Manifest) -> bool:
+            return resume and _fits(earlier, manifest, images)
+
+        self._folder, self._files = folder, _Files(folder)
         current, following = self._files.manifest(NAME), self._files.manifest(NEXT)
         if current is not None and not current.complete and not current.sites:
             current = None  # an announcement alone is not worth keeping beside the new run
         # `_replaced` is what the run on disk held; None once that is this writer's own.
-        if current is None or (not current.complete and draft.fits(current)):
+        if current is None or (not current.complete and fits(current)):
             self._file, self._replaced, earlier = NAME, None, current
         else:
             self._file, self._replaced = NEXT, current
-            earlier = following if following and draft.fits(following) else None
-        self._resumed, self._announced = earlier is not None, bool(draft.manifest.expected)
-        self._layout = draft.manifest.layout
+            earlier = following if following and fits(following) else None
+        self._resumed, self._announced = earlier is not None, bool(manifest.expected)
+        self._layout = manifest.layout
         # Sites that this writer wrote, or found stored with the same content.
         self._confirmed: set[str] = set()
         # Only what the manifests name is kept; the rest was being written when a writer died.
         keep_next = self._file == NEXT and earlier is not None
         self._files.clean((current, earlier), keep_next=keep_next)
-        self.manifest = draft.manifest
         if earlier is not None:
-            self.manifest = draft.going_on_from(earlier.without(earlier.damage(folder)))
-        self._save(self.manifest, first=True)
-        if draft.images is not None and self.manifest.images is None:
-            images = self._files.put("images", draft.images)
-            self._save(replace(self.manifest, images=images))
+            left = earlier.without(earlier.damage(folder))
+            said = {key: getattr(manifest, key) or getattr(left, key) for key in _SAID}
+            expected = manifest.expected or left.expected
+            manifest = replace(
+                manifest, sites=left.sites, images=left.images, expected=expected, **said
+            )
+        self._save(manifest, first=True)
+        if images is not None and self.manifest.images is None:
+            self._save(replace(self.manifest, images=self._files.put("images", images)))
 
     def expect(self, names: tuple[str, ...]) -> None:
-        """Announce sites."""
         with reported(f"can't write {self._folder.where(self._file)}"):
             if self._resumed and not set(self.manifest.sites) <= set(names):
                 self._restage()

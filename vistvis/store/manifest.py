@@ -6,13 +6,13 @@ import json
 import math
 import re
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from vistvis.attention import Attention, SiteInfo
-from vistvis.errors import InputError, StoreError, VistvisError
+from vistvis.errors import InputError, StoreError
 from vistvis.store.codec import HOLDINGS, attention_of
 from vistvis.store.folders import Folder
 from vistvis.store.tensors import DTYPES, Encoded, TensorRecord, check_header, checksum, tensors_in
@@ -23,6 +23,9 @@ SCHEMA = 1
 NAME = "manifest.json"
 # What replaces an earlier run gathers under this name, and takes the other in one rename.
 NEXT = "manifest.next.json"
+
+# What data of other types and values than a writer's make Python raise. Ours are ValueErrors too.
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 # Names of files as the writer makes them. A manifest is data from elsewhere: any other name in it,
 # one that leaves the folder first of all, is refused.
@@ -48,10 +51,7 @@ class FileRecord:
             "file": self.file,
             "bytes": self.nbytes,
             "crc32": f"{self.crc32:08x}",
-            "tensors": {
-                name: {"dtype": tensor.dtype, "shape": list(tensor.shape)}
-                for name, tensor in self.tensors.items()
-            },
+            "tensors": {name: asdict(tensor) for name, tensor in self.tensors.items()},
         }
 
     @classmethod
@@ -60,9 +60,11 @@ class FileRecord:
         if not isinstance(file, str) or not pattern.fullmatch(file):
             raise ValueError(f"no file of a run is named {file!r}")
         tensors = {
-            str(name): TensorRecord(_code(tensor["dtype"]), _sizes(tensor["shape"]))
+            name: TensorRecord(tensor["dtype"], _sizes(tensor["shape"]))
             for name, tensor in data["tensors"].items()
         }
+        if unknown := {tensor.dtype for tensor in tensors.values()} - set(DTYPES):
+            raise ValueError(f"unknown dtype {unknown.pop()!r}")
         return cls(file, _whole(data["bytes"]), int(data["crc32"], 16), tensors)
 
     def is_of(self, encoded: Encoded) -> bool:
@@ -100,7 +102,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """One finished site: its file, and everything `Attention` needs beside the tensors.
+    """One finished site: its file, and what `Attention` needs beside the tensors.
 
     `scale` is None where it is one of the tensors; given weights have neither it nor `causal`.
     """
@@ -118,13 +120,13 @@ class SiteRecord:
 
     @property
     def dtype(self) -> str:
-        """safetensors' code of the queries and keys, or of the weights."""
+        """Of the queries and keys, or of the weights, as in `TensorRecord`."""
         return self.file.tensors["query" if self.holds == "qk" else "weights"].dtype
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "kind": self.holds,
-            "shape": list(self.shape),
+            "shape": self.shape,
             "dtype": self.dtype,
             "scale": self.scale,
             "causal": self.causal,
@@ -143,27 +145,25 @@ class SiteRecord:
         if len(shape) != 4:
             raise ValueError(f"attention has 4 dimensions, not {shape}")
         scale, causal = data["scale"], data["causal"]
-        if scale is not None:
-            scale = float(scale)
-            if not math.isfinite(scale):
-                raise ValueError("scale is not finite")
+        scale = None if scale is None else float(scale)
+        if not math.isfinite(scale or 0):
+            raise ValueError("scale is not finite")
         if not isinstance(causal, bool):
             raise TypeError(f"causal is {causal!r}")
         return cls(file, shape, SiteInfo.from_dict(data["site"]), scale, causal)
 
     def load(self, folder: Folder) -> Attention:
         """The site, as `FileRecord.load`; StoreError also if its tensors do not fit."""
-        tensors, where = self.file.load(folder), folder.where(self.file.file)
-        facts = {"scale": self.scale, "causal": self.causal}
+        tensors = self.file.load(folder)
         try:
-            attention = attention_of(tensors, facts, self.site)
+            attention = attention_of(tensors, vars(self), self.site)
+            if tuple(attention.shape) != self.shape:
+                raise InputError(
+                    f"it gives attention of shape {tuple(attention.shape)}, the manifest says "
+                    f"{self.shape}"
+                )
         except InputError as error:
-            raise StoreError(f"{where} does not fit: {error}") from error
-        if tuple(attention.shape) != self.shape:
-            raise StoreError(
-                f"{where} does not fit: it gives attention of shape {tuple(attention.shape)}, the "
-                f"manifest says {self.shape}"
-            )
+            raise StoreError(f"{folder.where(self.file.file)} does not fit: {error}") from error
         return attention
 
 
@@ -224,10 +224,10 @@ class Manifest:
             "writer": self.writer,
             "model": self.model,
             "layout": self.layout.to_dict() if self.layout else None,
-            "metadata": dict(self.metadata),
+            "metadata": self.metadata,
             "closed": self.closed,
-            "expected": list(self.expected),
-            "missing": list(self.missing),
+            "expected": self.expected,
+            "missing": self.missing,
             "images": self.images.to_dict() if self.images else None,
             "sites": {name: record.to_dict() for name, record in self.sites.items()},
         }
@@ -235,8 +235,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> Manifest:
-        """Read and check a manifest; StoreError, with `where` as its name, if it is none, not a
-        sound one, or of a schema newer than this version knows."""
+        """Read and check a manifest; StoreError if it is none, damaged, or of a newer schema."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -253,10 +252,7 @@ class Manifest:
             )
         try:
             return cls._from_data(data)
-        except (
-            *(KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError),
-            VistvisError,
-        ) as error:
+        except _MALFORMED as error:
             reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
             raise StoreError(f"{where} is damaged: {reason}") from error
 
@@ -266,8 +262,8 @@ class Manifest:
         sites = {name: SiteRecord.from_dict(entry) for name, entry in data["sites"].items()}
         if not all(isinstance(name, str) for name in (*expected, *sites)):
             raise TypeError("names of sites are strings")
-        layout, images, metadata = data["layout"], data["images"], data["metadata"]
-        if not isinstance(metadata, dict) or not isinstance(data["closed"], bool):
+        layout, images = data["layout"], data["images"]
+        if not isinstance(data["metadata"], dict) or not isinstance(data["closed"], bool):
             raise TypeError("metadata is an object and closed is true or false")
         for key in ("writer", "made_by", "model"):
             if not isinstance(data[key], str) and not (key == "model" and data[key] is None):
@@ -281,17 +277,11 @@ class Manifest:
             closed=data["closed"],
             model=data["model"],
             layout=TokenLayout.from_dict(layout) if layout is not None else None,
-            metadata=metadata,
+            metadata=data["metadata"],
             images=pictures,
             sites=sites,
             made_by=data["made_by"],
         )
-
-
-def _code(code: Any) -> str:
-    if code not in DTYPES:
-        raise ValueError(f"unknown dtype {code!r}")
-    return str(code)
 
 
 def _sizes(values: Any) -> tuple[int, ...]:

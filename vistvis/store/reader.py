@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from vistvis.attention import Attention
 from vistvis.attention.checks import bytes_text
-from vistvis.errors import SiteError, StoreError, VistvisError
+from vistvis.errors import SiteError, StoreError
 from vistvis.names import few, suggestion
 from vistvis.progress import progress as bar
 from vistvis.store.folders import Folder, folder_of, reported
-from vistvis.store.manifest import NAME, FileRecord, Manifest, SiteRecord
+from vistvis.store.manifest import NAME, Manifest, SiteRecord
 from vistvis.tokens import TokenLayout
+
+_T = TypeVar("_T")
 
 # Sites read from a URL are whole in memory; this many are kept for the next look.
 _KEPT_REMOTE = 4
@@ -30,23 +31,11 @@ def open_run(
     strict: bool = True,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Open a stored run.
+    """Open a stored run: a folder, or an fsspec URL with its `storage_options`.
 
-    Parameters
-    ----------
-    path
-        The run's folder, or an fsspec URL.
-    strict
-        Whether a file of the wrong size or with a wrong header is an error here. If False, such
-        sites are left out and named in `run.damaged`.
-    storage_options
-        Passed to fsspec with a URL.
-
-    Raises
-    ------
-    StoreError
-        If there is no run, its manifest is damaged or of a newer schema, or a file of it has the
-        wrong size or header (behind a URL headers are checked at the first touch instead).
+    StoreError if there is no run, or its manifest is damaged or of a newer schema. With `strict`
+    also if a file has the wrong size or header (behind a URL headers are checked at the first touch
+    instead); without, such sites are left out and named in `run.damaged`.
 
     Cost: reads the manifest and the header of every site.
     """
@@ -79,11 +68,11 @@ class Run(Mapping[str, Attention]):
 
     Made by `open_run`. Nothing is read before it is asked for. At the first touch of a site its
     checksum is compared, which reads the file once; then its tensors are mapped, and pages come
-    from disk as rows or columns need them. What is returned is an `Attention` as in memory.
+    from disk as rows or columns need them.
 
-    A run is closed by `close` or at the end of a `with` block; attention taken from it stays usable
-    while it is held. A run opened before another replaced it goes on reading the sites it has
-    touched, and says that it was replaced for others.
+    A run is closed by `close` or at the end of a `with` block; attention taken from it stays
+    usable. A run opened before another replaced it goes on reading the sites it has touched, and
+    says that it was replaced for others.
     """
 
     def __init__(self, folder: Folder, manifest: Manifest, damage: Mapping[str, str]) -> None:
@@ -155,10 +144,7 @@ class Run(Mapping[str, Attention]):
     def images(self) -> Tensor | None:
         """What the model saw, as it was given, `(S, C, H, W)` or `(B, S, C, H, W)`; or None.
 
-        Raises
-        ------
-        StoreError
-            If the file is damaged.
+        StoreError if the file is damaged.
         """
         record = self._manifest.images
         if record is None:
@@ -167,16 +153,23 @@ class Run(Mapping[str, Attention]):
             if self._images is None:
                 if record.file in self._damage:
                     raise StoreError(self._damage[record.file])
-                with self._reading(record) as folder:
-                    self._images = record.load(folder)["images"]
+                self._images = self._loaded(record.file, record.load)["images"]
             return self._images
 
     def record(self, name: str) -> SiteRecord:
         """What the manifest says about a finished site: shape, dtype, file, `SiteInfo`, and what
         it holds (`"qk"` or `"weights"`)."""
-        if name not in self.sites:
-            raise self._no_site(name)
-        return self._sound.sites[name]
+        if name in self._sound.sites:
+            return self._sound.sites[name]
+        if name in self.damaged:
+            raise StoreError(self.damaged[name])
+        if name in self.missing:
+            raise SiteError(
+                f"site {name!r} of {self.path} was expected, but not finished when writing "
+                f"stopped; finished are {few(self.sites)}. Store the run again to resume it"
+            )
+        hint = suggestion(str(name), self.sites, otherwise=f"it has {few(self.sites)}")
+        raise SiteError(f"no site {name!r} in {self.path}: {hint}")
 
     # -- a mapping -------------------------------------------------------------------------------
 
@@ -185,8 +178,7 @@ class Run(Mapping[str, Attention]):
             attention = self._cache.get(name)
             if attention is None:
                 record = self.record(name)
-                with self._reading(record.file) as folder:
-                    attention = self._cache[name] = record.load(folder)
+                attention = self._cache[name] = self._loaded(record.file.file, record.load)
                 if self._folder.local(record.file.file) is None and len(self._cache) > _KEPT_REMOTE:
                     self._cache.popitem(last=False)
             self._cache.move_to_end(name)
@@ -208,19 +200,14 @@ class Run(Mapping[str, Attention]):
     # -- life cycle ------------------------------------------------------------------------------
 
     def check(self, *, progress: bool = False) -> None:
-        """Compare the checksum of every file. Cost: reads the whole run once.
+        """Compare the checksum of every file; StoreError at the first that is damaged.
 
-        Raises
-        ------
-        StoreError
-            At the first file that is damaged.
+        Cost: reads the whole run once.
         """
         for record in bar(self._manifest.files, "checking", shown=progress, unit="file"):
-            with self._reading(record) as folder:
-                record.load(folder)
+            self._loaded(record.file, record.load)
 
     def close(self) -> None:
-        """Let go of files. Attention taken before keeps what it holds."""
         self._closed = True
         with self._lock:
             self._cache.clear()
@@ -233,30 +220,26 @@ class Run(Mapping[str, Attention]):
         self.close()
 
     def __repr__(self) -> str:
-        parts = [f"{len(self)} sites"]
-        if self.missing:
-            parts.append(f"{len(self.missing)} missing")
-        elif not self._manifest.closed:
-            parts.append("not closed by its writer")
-        if self.model:
-            parts.append(f"model {self.model!r}")
-        if self.layout:
-            parts.append(str(self.layout))
-        if self.image_shape:
-            parts.append(f"images {self.image_shape}")
-        parts.append(bytes_text(self.nbytes))
-        return f"Run({self.path!r}: {', '.join(parts)})"
+        unclosed = "" if self._manifest.closed else "not closed by its writer"
+        parts = (
+            f"{len(self)} sites",
+            f"{len(self.missing)} missing" if self.missing else unclosed,
+            f"model {self.model!r}" if self.model else "",
+            str(self.layout) if self.layout else "",
+            f"images {self.image_shape}" if self.image_shape else "",
+            bytes_text(self.nbytes),
+        )
+        return f"Run({self.path!r}: {', '.join(filter(None, parts))})"
 
     # -- reading ---------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _reading(self, file: FileRecord) -> Iterator[Folder]:
-        """The folder, to read a file of it; errors say so where the run was replaced meanwhile."""
+    def _loaded(self, file: str, load: Callable[[Folder], _T]) -> _T:
+        """What `load` reads from a file; errors say so where the run was replaced meanwhile."""
         if self._closed:
             raise StoreError(f"the run in {self.path} was closed; open it again")
         try:
-            with reported(f"can't read {self._folder.where(file.file)}"):
-                yield self._folder
+            with reported(f"can't read {self._folder.where(file)}"):
+                return load(self._folder)
         except StoreError as error:
             if self._was_replaced():
                 raise StoreError(
@@ -271,14 +254,3 @@ class Run(Mapping[str, Attention]):
             return False
         files = {(record.file, record.crc32) for record in current.files}
         return any((record.file, record.crc32) not in files for record in self._manifest.files)
-
-    def _no_site(self, name: Any) -> VistvisError:
-        if name in self.damaged:
-            return StoreError(self.damaged[name])
-        if name in self.missing:
-            return SiteError(
-                f"site {name!r} of {self.path} was expected, but not finished when writing "
-                f"stopped; finished are {few(self.sites)}. Store the run again to resume it"
-            )
-        hint = suggestion(str(name), self.sites, otherwise=f"it has {few(self.sites)}")
-        return SiteError(f"no site {name!r} in {self.path}: {hint}")

@@ -13,6 +13,7 @@ a run is ever run as code, so a forged file gives wrong pictures at worst.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -39,14 +40,13 @@ DTYPES: dict[str, torch.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 _ALIGNMENT = 64
-_READ_BYTES = 4 * 2**20
-# Views larger than this are copied part by part.
+# Files are read in pieces of this size, and views that are larger are copied part by part.
 _PIECE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """Type and shape of one stored tensor; `dtype` is safetensors' code, such as `"BF16"`."""
+    """One stored tensor; `dtype` is safetensors' code, such as `"BF16"`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -95,10 +95,7 @@ class Encoded:
 
     def crc32(self) -> int:
         """The checksum, without writing anything. Cost: one pass over the tensors."""
-        crc = 0
-        for piece in self.pieces():
-            crc = zlib.crc32(piece, crc)
-        return crc
+        return functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), self.pieces(), 0)
 
 
 def _pieces(tensor: Tensor) -> Iterator[Any]:
@@ -128,7 +125,7 @@ def checksum(source: Path | bytes) -> tuple[int, int]:
         return len(source), zlib.crc32(source)
     crc = size = 0
     with open(source, "rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_READ_BYTES))
+        buffer = memoryview(bytearray(_PIECE_BYTES))
         while count := file.readinto(buffer):
             crc = zlib.crc32(buffer[:count], crc)
             size += count
@@ -136,15 +133,14 @@ def checksum(source: Path | bytes) -> tuple[int, int]:
 
 
 def check_header(path: Path, records: Mapping[str, TensorRecord], where: str) -> None:
-    """StoreError, with `where` for the file, if it is no safetensors file or its header says other
-    tensors than `records`. No data is read."""
+    """StoreError if a file is not a safetensors file of just these tensors. No data is read."""
     from safetensors import safe_open
 
     # As if for numpy, which opens faster: torch would map the file.
     with _damage_of(where), safe_open(path, framework="np") as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         header = {n: TensorRecord(p.get_dtype(), tuple(p.get_shape())) for n, p in parts.items()}
-    _compare(header, records, where)
+        _compare(header, records, where)
 
 
 def tensors_in(
@@ -152,13 +148,11 @@ def tensors_in(
 ) -> dict[str, Tensor]:
     """The tensors of a file, mapped (pages come from disk when they are touched), or of its bytes.
 
-    The mapping is private: writing into a tensor does not reach the file. StoreError as
-    `check_header`.
+    Writing into a mapped tensor does not reach the file. StoreError as `check_header`.
     """
     from safetensors import safe_open
     from safetensors.torch import load
 
-    tensors: dict[str, Tensor]
     with _damage_of(where):
         if isinstance(source, bytes):
             tensors = load(source)

@@ -17,12 +17,12 @@ import torch
 from vistvis.attention import Attention
 from vistvis.attention.checks import describe
 from vistvis.errors import InputError, StoreError
-from vistvis.files import checked_name
+from vistvis.files import checked_name, version
 from vistvis.images import image_tensor
 from vistvis.names import few
 from vistvis.progress import progress as bar
 from vistvis.store.folders import folder_of, reported
-from vistvis.store.ledger import Draft, Ledger
+from vistvis.store.ledger import Ledger
 from vistvis.store.manifest import Manifest
 from vistvis.store.reader import Run, open_run
 from vistvis.store.tensors import Encoded
@@ -44,8 +44,7 @@ class RunWriter:
     path
         A folder, made where there is none, or an fsspec URL such as `s3://bucket/fern`.
     expected
-        Names of the sites that are to come, so that a run cut short can say what it lacks. Also
-        `expect(names)` later.
+        Sites that are to come, so that a run cut short can say what it lacks; or `expect` later.
     images
         What the model saw: `(S, C, H, W)` for one sequence of frames, `(B, C, H, W)` for a batch
         of single pictures, or `(B, S, C, H, W)`; a tensor or array of any dtype, kept as it is.
@@ -55,25 +54,20 @@ class RunWriter:
     model, metadata
         A name, and anything JSON can hold, kept with the run.
     resume
-        Where `path` has an unfinished run of the same model, layout, images and metadata, keep what
-        it has: a site written again with the same content is not written twice. False begins anew.
+        Go on with an unfinished run in `path` of the same model, layout, images and metadata: a
+        site with the same content is not written twice. False begins anew.
     queue_size
         How many sites may wait for the disk before `write` waits too. They are held in memory.
     storage_options
         Passed to fsspec with a URL.
 
     Where `path` has a finished run, or an unfinished one of something else, that run stays readable
-    until `close`, when the new one takes its place at once; if the new one is not whole by then, it
-    does not. Memory: `queue_size + 2` sites at most.
+    until `close`, when the new one takes its place if it is whole. Memory: `queue_size + 2` sites
+    at most.
 
-    Raises
-    ------
-    StoreError
-        If the folder can't be written, is being written by someone else, or holds something that
-        is not a run of this schema. Errors of the background surface at the next `write` or at
-        `close`; sites finished before stay.
-    InputError
-        If images, names or metadata are not as said above.
+    InputError if arguments are not as said; StoreError if the folder can't be written, is being
+    written by someone else, or holds something that is not a run of this schema. Errors of the
+    background surface at the next `write` or at `close`; sites finished before stay.
     """
 
     def __init__(
@@ -97,7 +91,7 @@ class RunWriter:
             model=None if model is None else str(model),
             layout=layout,
             metadata=_plain(metadata),
-            made_by=_made_by(),
+            made_by=f"vistvis {version() or ''}".rstrip(),
         )
         pictures = None if images is None else Encoded({"images": image_tensor(images)})
         self._folder = folder_of(path, storage_options)
@@ -110,7 +104,7 @@ class RunWriter:
         self._held = contextlib.ExitStack()
         with self._held, reported(f"can't write a run in {self._folder.root}"):
             self._held.enter_context(self._folder.lock())
-            self._ledger = Ledger(self._folder, Draft(manifest, pictures, resume))
+            self._ledger = Ledger(self._folder, manifest, pictures, resume=resume)
             self._held = self._held.pop_all()
         self._thread = threading.Thread(target=self._work, name="vistvis writer", daemon=True)
         self._thread.start()
@@ -118,28 +112,16 @@ class RunWriter:
     # -- the caller's side -----------------------------------------------------------------------
 
     def expect(self, names: Iterable[str]) -> None:
-        """Announce sites that are to come, before the first of them is written.
-
-        Raises
-        ------
-        StoreError
-            As at the next `write`.
-        """
+        """Announce sites that are to come, before the first of them; StoreError as `write`."""
         self._put(functools.partial(self._ledger.expect, _site_names(names)))
 
     def write(self, name: str, attention: Attention) -> None:
         """Hand over one site; returns at once unless `queue_size` sites are waiting already.
 
         Q and K are not copied before they are written. If they are written into meanwhile, that is
-        noticed and the site is not stored.
-
-        Raises
-        ------
-        StoreError
-            If a site handed over before could not be written.
-        InputError
-            If `name` can't name a file in the run or was written already, or `attention` is no
-            `Attention`.
+        noticed and the site is not stored. StoreError if a site handed over before could not be
+        written; InputError if `name` can't name a file or was written already, or `attention` is no
+        `Attention`.
         """
         _site_names([name])
         if not isinstance(attention, Attention):
@@ -156,11 +138,8 @@ class RunWriter:
         self._given.add(name)
 
     def __call__(self, name: str, attention: Attention) -> None:
-        """`write` for `capture(model, sink=writer)`: errors wait for `close`.
-
-        A sink must not break the forward pass, and what it raises there would be reported as an
-        error of the capture.
-        """
+        """`write` for `capture(model, sink=writer)`: errors wait for `close`."""
+        # What a sink raises would break the forward pass, and be reported as the capture's error.
         try:
             self.write(name, attention)
         except Exception as error:
@@ -179,11 +158,8 @@ class RunWriter:
     def close(self) -> None:
         """Write what is waiting and end the run.
 
-        Raises
-        ------
-        StoreError
-            If something could not be written; or if the run was to replace another and is not
-            whole, in which case the other stays.
+        StoreError if something could not be written; or if the run was to replace another and is
+        not whole, in which case the other stays.
         """
         self._close(orderly=True)
 
@@ -256,26 +232,11 @@ def save_run(
 ) -> Run:
     """Store attention of one forward pass as a run, and open it.
 
-    Parameters
-    ----------
-    captured
-        Any mapping of site names to `Attention`.
-    path, images, layout, model, metadata, resume, storage_options
-        As for `RunWriter`.
-    progress
-        Show a bar.
+    `captured` is any mapping of site names to `Attention`; other parameters and errors are those of
+    `RunWriter`. After an error an earlier run in `path` is as it was. `progress` shows a bar.
 
-    Returns
-    -------
-    Run
-        The run, opened: nothing of it is in memory.
-
-    Raises
-    ------
-    StoreError, InputError
-        As `RunWriter`; an earlier run in `path` is then as it was.
-
-    Cost: the bytes of Q and K (and masks) once. No dense matrix is built.
+    Cost: the bytes of Q and K (and masks) once. No dense matrix is built, and nothing of the run
+    that is returned is in memory.
     """
     names = _site_names(captured)
     if not names:
@@ -335,12 +296,3 @@ def _plain(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise InputError(f"metadata is what JSON can hold: {error}") from error
     return plain
-
-
-def _made_by() -> str:
-    from importlib import metadata
-
-    try:
-        return f"vistvis {metadata.version('vistvis')}"
-    except metadata.PackageNotFoundError:
-        return "vistvis"
