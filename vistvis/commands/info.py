@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `vistvis info`; the exit code is 1 for a run that is not whole."""
+    """The exit code is 1 for a run that is not whole."""
     from vistvis.store import open_run
 
     stored = open_run(arguments.run, strict=False)

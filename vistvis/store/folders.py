@@ -1,9 +1,4 @@
-"""Where a run lies: a folder of this machine, or one behind an fsspec URL.
-
-Both write whole files only. What differs is said at each class and in the README: a local folder
-can be mapped and locked, and its files survive a power cut once written; behind a URL the service
-decides.
-"""
+"""Where a run lies: a folder of this machine, or one behind an fsspec URL (`docs/runs.md`)."""
 
 from __future__ import annotations
 
@@ -74,17 +69,16 @@ def _sync(folder: Path) -> None:
 
 
 class Folder(Protocol):
-    """A folder of whole files. Names are relative, with `/`."""
+    """A folder of whole files. Names are relative, with `/`; messages call it `root`."""
 
     root: str
     locks: bool = False
 
     def where(self, name: str) -> str:
-        """The file in words, for messages."""
         return f"{self.root}/{name}"
 
     def read(self, name: str) -> bytes:
-        """A whole file; FileNotFoundError where there is none."""
+        """FileNotFoundError where there is none."""
 
     def write(self, name: str, pieces: Iterable[Any]) -> tuple[int, int]:
         """Put a file in place whole or not at all; returns its size and CRC-32."""
@@ -96,7 +90,7 @@ class Folder(Protocol):
         """Let a file take the place of another, which is never missing or half there."""
 
     def remove(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file if it is there."""
 
     def lock(self) -> AbstractContextManager[None]:
         """Keep other writers away, as far as the folder can. Makes the folder."""
@@ -129,11 +123,7 @@ def folder_of(
 
 
 class LocalFolder(Folder):
-    """A folder of this machine.
-
-    Every file goes to a temporary name beside it, is flushed to the disk, and is renamed: after a
-    crash or a power cut it is there whole, or as it was before.
-    """
+    """A folder of this machine: after a crash or a power cut files are whole, or as before."""
 
     locks = True
 

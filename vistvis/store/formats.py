@@ -49,9 +49,8 @@ class Contents:
 
     def one(self) -> Tensor:
         """The tensor that is meant: the only one or one of a usual name, else StoreError."""
-        if len(self.tensors) == 1:
-            return next(iter(self.tensors.values()))
-        for name in _USUAL_NAMES:
+        names = self.tensors if len(self.tensors) == 1 else _USUAL_NAMES
+        for name in names:
             if name in self.tensors:
                 return self.tensors[name]
         raise StoreError(
@@ -81,17 +80,9 @@ def write(value: Any, path: PathLike, *, max_bytes: int = DENSE_LIMIT) -> Path:
     """Write a tensor, an array or an `Attention`; the ending chooses the format.
 
     An `Attention` keeps its queries and keys in `.safetensors`; elsewhere its dense weights are
-    written, if they take at most `max_bytes`. The folder is made where it is missing; the file is
-    whole or not there.
-
-    Raises
-    ------
-    InputError
-        For other values and endings.
-    DenseLimitError
-        If dense weights would be too large.
-    StoreError
-        If the disk is full, the folder read-only, and the like.
+    written, if they take at most `max_bytes`, else DenseLimitError. The folder is made where it is
+    missing; the file is whole or not there. InputError for other values and endings, StoreError if
+    the disk is full, the folder read-only, and the like.
     """
     target = Path(path)
     target = target.with_name(checked_format(target.name, "the file"))
@@ -117,8 +108,7 @@ def _contents(value: Any, path: Path) -> Contents:
     if isinstance(value, Attention):
         value.check_unwritten()
         tensors, facts = tensors_of(value)
-        if value.site is not None:
-            facts["site"] = value.site.to_dict()
+        facts["site"] = value.site and value.site.to_dict()
         about = {key: json.dumps(fact) for key, fact in facts.items() if fact is not None}
         about["content"] = _CONTENT
     else:
@@ -147,9 +137,8 @@ def _tensor(value: Any) -> Tensor:
 def _plain(contents: Contents) -> Tensor:
     """The tensor by itself in host memory: torch would save all that a view looks into."""
     plain = contents.one().detach().cpu().resolve_conj().resolve_neg().contiguous()
-    if plain.untyped_storage().nbytes() != plain.nbytes:
-        plain = plain.clone()
-    return plain.as_subclass(Tensor)
+    alone = plain.untyped_storage().nbytes() == plain.nbytes
+    return (plain if alone else plain.clone()).as_subclass(Tensor)
 
 
 def _array(contents: Contents) -> np.ndarray[Any, Any]:
@@ -162,8 +151,7 @@ def _array(contents: Contents) -> np.ndarray[Any, Any]:
 
 def _write_safetensors(file: BinaryIO, contents: Contents) -> None:
     # Other readers of safetensors look for "format".
-    for piece in Encoded(contents.tensors, {"format": "pt", **contents.about}).pieces():
-        file.write(piece)
+    file.writelines(Encoded(contents.tensors, {"format": "pt", **contents.about}).pieces())
 
 
 # -- reading -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The state of a run that is being written: its manifest on disk, and which files are whose."""
+"""A run that is being written: its manifest on disk, and which files are whose."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ def _fits(earlier: Manifest, asked: Manifest, images: Encoded | None) -> bool:
 
 
 class _Files:
-    """The files of a run in its folder: manifests, and names that are free for sites."""
-
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self._taken: set[str] = set()
@@ -77,10 +75,7 @@ class _Files:
     def put(
         self, name: str, encoded: Encoded, check: Callable[[], None] | None = None
     ) -> FileRecord:
-        """Write a file, under another name than `name` where that is taken or not plain enough.
-
-        Where `check` refuses what was written, nothing is left of it.
-        """
+        """Write a file as `name`, made plain and free; nothing is left of what `check` refuses."""
         prefix, slash, last = name.rpartition("/")
         stem = re.sub(r"[^A-Za-z0-9._+-]", "_", last)[:150]
         stem = stem if re.match(r"[A-Za-z0-9_]", stem) else f"_{stem}"
@@ -192,7 +187,7 @@ class Ledger:
             self._save(replace(self.manifest.with_site(name, record), layout=layout))
 
     def finish(self) -> None:
-        """End the run in order; a replacement takes its place, or StoreError if it is not whole."""
+        """Close the run; a replacement takes its place, or StoreError if it is not whole."""
         with reported(f"can't finish the run in {self._folder.root}"):
             missing = self.manifest.missing
             if self._file == NEXT and missing:

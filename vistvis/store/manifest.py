@@ -1,4 +1,4 @@
-"""The manifest of a run: what is expected, what is finished, and how to know that it is sound."""
+"""The manifest: what a run says about itself, and how to know that its files are sound."""
 
 from __future__ import annotations
 
@@ -39,8 +39,6 @@ def is_file_of_run(name: str) -> bool:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of a run: its name within the folder, size, CRC-32 and tensors."""
-
     file: str
     nbytes: int
     crc32: int
@@ -68,7 +66,7 @@ class FileRecord:
         return cls(file, _whole(data["bytes"]), int(data["crc32"], 16), tensors)
 
     def is_of(self, encoded: Encoded) -> bool:
-        """Whether this is the file that these tensors make. Cost: one pass over them."""
+        """Whether these tensors make this file. Cost: one pass over them."""
         return self.nbytes == encoded.nbytes and self.crc32 == encoded.crc32()
 
     def damage(self, folder: Folder, sizes: Mapping[str, int]) -> str | None:
@@ -86,10 +84,7 @@ class FileRecord:
         return None
 
     def load(self, folder: Folder) -> dict[str, Tensor]:
-        """The file's tensors, mapped where it can be; StoreError if it is damaged.
-
-        Cost: one pass over the file, for its checksum.
-        """
+        """The tensors, mapped where they can be, after a pass over the file for its checksum."""
         where, source = folder.where(self.file), folder.local(self.file) or folder.read(self.file)
         size, crc = checksum(source)
         if (size, crc) != (self.nbytes, self.crc32):
@@ -169,10 +164,9 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a run says about itself.
+    """What `manifest.json` says; `model`, `layout` and `metadata` as for `RunWriter`.
 
-    `closed` tells that writing came to its orderly end: a run that is not closed may lack sites
-    that nobody announced.
+    A run that is not `closed` has no orderly end: it may lack sites that nobody announced.
     """
 
     writer: str
@@ -196,7 +190,6 @@ class Manifest:
 
     @property
     def files(self) -> list[FileRecord]:
-        """Records of every file the run consists of."""
         images = [self.images] if self.images else []
         return [record.file for record in self.sites.values()] + images
 

@@ -1,4 +1,4 @@
-"""Reading a run: a mapping from site names to `Attention` whose Q and K stay on disk."""
+"""Reading a run."""
 
 from __future__ import annotations
 
@@ -87,7 +87,6 @@ class Run(Mapping[str, Attention]):
 
     @property
     def path(self) -> str:
-        """Where the run lies, as it was opened."""
         return self._folder.root
 
     @property
@@ -122,7 +121,6 @@ class Run(Mapping[str, Attention]):
 
     @property
     def layout(self) -> TokenLayout | None:
-        """The token layout of the whole sequence."""
         return self._manifest.layout
 
     @property
@@ -157,8 +155,7 @@ class Run(Mapping[str, Attention]):
             return self._images
 
     def record(self, name: str) -> SiteRecord:
-        """What the manifest says about a finished site: shape, dtype, file, `SiteInfo`, and what
-        it holds (`"qk"` or `"weights"`)."""
+        """What the manifest says about a finished site."""
         if name in self._sound.sites:
             return self._sound.sites[name]
         if name in self.damaged:

@@ -1,8 +1,8 @@
 """Tensors as a safetensors file: written in pieces with a checksum on the way, read by mapping.
 
-The library's own writer takes whole contiguous tensors and leaves the checksum to a second pass
-over the file. Queries and keys are views into a projection, and a run is written while a model
-runs, so here each head is copied, summed and written by itself. Reading is the library's.
+The library's own writer takes whole contiguous tensors and leaves the checksum to a second pass.
+Queries and keys are views into a projection, and a run is written while a model runs, so here each
+head is copied, summed and written by itself. Reading is the library's.
 
 The checksum is CRC-32 as zlib computes it: 3 GiB/s on the machine where BLAKE2b reached 0.6 and
 SHA-256 1.2, in every Python, and sure to notice any damaged stretch of up to 32 bits (others with
