@@ -35,7 +35,7 @@ def _fits(earlier: Manifest, asked: Manifest, images: Encoded | None) -> bool:
 class _Files:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self._taken: set[str] = set()
+        self._taken: set[str] = set()  # casefolded: some systems don't tell A from a
 
     def manifest(self, name: str) -> Manifest | None:
         try:
@@ -113,8 +113,6 @@ class Ledger:
     renames that over the first: one rename, so that the replacement is whole or has not happened.
     """
 
-    manifest: Manifest
-
     def __init__(
         self, folder: Folder, manifest: Manifest, images: Encoded | None, *, resume: bool
     ) -> None:
@@ -138,14 +136,12 @@ class Ledger:
         # Only what the manifests name is kept; the rest was being written when a writer died.
         keep_next = self._file == NEXT and earlier is not None
         self._files.clean((current, earlier), keep_next=keep_next)
+        self.manifest = manifest
         if earlier is not None:
             left = earlier.without(earlier.damage(folder))
-            said = {key: getattr(manifest, key) or getattr(left, key) for key in _SAID}
-            expected = manifest.expected or left.expected
-            manifest = replace(
-                manifest, sites=left.sites, images=left.images, expected=expected, **said
-            )
-        self._save(manifest, first=True)
+            said = {k: getattr(manifest, k) or getattr(left, k) for k in (*_SAID, "expected")}
+            self.manifest = replace(manifest, sites=left.sites, images=left.images, **said)
+        self._save(self.manifest, first=True)
         if images is not None and self.manifest.images is None:
             self._save(replace(self.manifest, images=self._files.put("images", images)))
 

@@ -150,15 +150,10 @@ def tensors_in(
 
     Writing into a mapped tensor does not reach the file. StoreError as `check_header`.
     """
-    from safetensors import safe_open
-    from safetensors.torch import load
+    from safetensors.torch import load, load_file
 
     with _damage_of(where):
-        if isinstance(source, bytes):
-            tensors = load(source)
-        else:
-            with safe_open(source, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = load(source) if isinstance(source, bytes) else load_file(source)
     _compare(_records(tensors), records, where)
     return tensors
 
