@@ -15,7 +15,7 @@ from rendering import Camera, Texture
 from vistvis.errors import InputError
 
 SIZE = (84, 112)
-SAMPLES = Path(scenes.__file__).parent / "samples"
+SAMPLES = Path(__file__).parents[1] / "vggt_adapter" / "samples"
 
 
 def smooth_texture(seed: int, *, size: int = 96) -> Texture:

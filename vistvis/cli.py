@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from vistvis import commands
 from vistvis.errors import InputError, VistvisError, VistvisWarning
+from vistvis.files import version
 from vistvis.names import suggestion
 
 GROUP = "vistvis.commands"
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(overview())
         return 0
     if arguments[0] in ("-V", "--version"):
-        print(f"vistvis {version()}")
+        print(f"vistvis {version() or '(from a checkout, not installed)'}")
         return 0
     name, *rest = arguments
     return guarded(f"vistvis {name}", lambda: run(f"vistvis {name}", load(name), rest))
@@ -123,14 +124,6 @@ def overview() -> str:
             help_text = f"(can't be loaded: {_text(error)})"
         lines.append(f"  {name:<10}{help_text}")
     return "\n".join(lines)
-
-
-def version() -> str:
-    """The installed version."""
-    try:
-        return metadata.version("vistvis")
-    except metadata.PackageNotFoundError:
-        return "(from a checkout, not installed)"
 
 
 class _Parser(argparse.ArgumentParser):
