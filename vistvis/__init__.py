@@ -13,9 +13,6 @@ from vistvis.attention.site import SiteInfo as SiteInfo
 from vistvis.attention.site import WindowInfo as WindowInfo
 from vistvis.errors import VistvisError as VistvisError
 from vistvis.errors import VistvisWarning as VistvisWarning
-from vistvis.hooks.capture import Capture as Capture
-from vistvis.hooks.capture import capture as capture
-from vistvis.models.sites import find_sites as find_sites
 
 # `state` is also the name of its module: bound here, the name means the object from the start.
 from vistvis.state import LayerCounter as LayerCounter
@@ -34,6 +31,9 @@ if TYPE_CHECKING:
     )
     from vistvis.decorators.paths import AttentionPath as AttentionPath
     from vistvis.decorators.paths import StaticMetadata as StaticMetadata
+    from vistvis.hooks.capture import Capture as Capture
+    from vistvis.hooks.capture import capture as capture
+    from vistvis.models.sites import find_sites as find_sites
     from vistvis.store import Run as Run
     from vistvis.store import RunWriter as RunWriter
     from vistvis.store import open_run as open_run
@@ -51,6 +51,8 @@ _LAZY = {
         "overlay_query_to_frame_attention",
         "run_overlay_for_reconstruction",
     ),
+    "vistvis.hooks.capture": ("Capture", "capture"),
+    "vistvis.models.sites": ("find_sites",),
     "vistvis.store": ("Run", "RunWriter", "open_run", "save_run"),
     "vistvis.views.overlay_folder": ("OverlayOutputPath",),
     "vistvis.views.pdf": ("plot_attention_for_reconstruction",),
