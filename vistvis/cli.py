@@ -85,11 +85,11 @@ def guarded(program: str, call: Callable[[], int]) -> int:
 
 def load(name: str) -> Any:
     """The module of a command; `InputError` if there is none or it lacks what a command has."""
-    known = find_commands()
-    if name not in known:
-        hint = suggestion(name, known, otherwise=f"there are {', '.join(known) or 'none'}")
+    available = find_commands()
+    if name not in available:
+        hint = suggestion(name, available, otherwise=f"there are {', '.join(available) or 'none'}")
         raise InputError(f"no command {name!r}: {hint} (front ends bring theirs when installed)")
-    command = known[name]()
+    command = available[name]()
     lacking = [part for part in ("HELP", "add_arguments", "run") if not hasattr(command, part)]
     if lacking:
         raise InputError(f"the command {name!r} ({command.__name__}) lacks {', '.join(lacking)}")
@@ -98,15 +98,15 @@ def load(name: str) -> Any:
 
 def find_commands() -> dict[str, Callable[[], Any]]:
     """Names of all commands, each with a call that imports its module. Nothing is imported yet."""
-    found: dict[str, Callable[[], Any]] = {
+    importers: dict[str, Callable[[], Any]] = {
         entry.name: entry.load for entry in metadata.entry_points(group=GROUP)
     }
     # Built-in commands come last: a front end can't take their place.
     for module in pkgutil.iter_modules(commands.__path__):
         if not module.name.startswith("_"):
             path = f"{commands.__name__}.{module.name}"
-            found[module.name] = partial(importlib.import_module, path)
-    return dict(sorted(found.items()))
+            importers[module.name] = partial(importlib.import_module, path)
+    return dict(sorted(importers.items()))
 
 
 def overview() -> str:

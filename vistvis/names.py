@@ -21,14 +21,14 @@ def _glob(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(_PIECES.get(piece, re.escape(piece)) for piece in pieces))
 
 
-def nearest(name: str, known: Iterable[str], *, count: int = 3, cutoff: float = 0.6) -> list[str]:
-    """The known names that look most like `name`, the best first."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)
+def nearest(name: str, names: Iterable[str], *, count: int = 3, cutoff: float = 0.6) -> list[str]:
+    """The names that look most like `name`, the best first."""
+    return difflib.get_close_matches(name, list(names), n=count, cutoff=cutoff)
 
 
-def suggestion(name: str, known: Iterable[str], *, otherwise: str) -> str:
+def suggestion(name: str, names: Iterable[str], *, otherwise: str) -> str:
     """For messages: "did you mean 'x'?", or `otherwise` where nothing is near."""
-    near = nearest(name, known, count=1)
+    near = nearest(name, names, count=1)
     return f"did you mean {near[0]!r}?" if near else otherwise
 
 

@@ -114,10 +114,10 @@ def _site_of_block(sites: Any, block: int | None) -> str:
     if not numbered:
         raise SiteError("this model's sites have no block numbers; name one with --site")
     last = max(numbered)
-    wanted = last if block is None else (block + last + 1 if block < 0 else block)
-    if wanted not in numbered:
+    number = last if block is None else (block + last + 1 if block < 0 else block)
+    if number not in numbered:
         raise SiteError(f"no block {block}: the model has blocks 0…{last}; see --sites")
-    return str(numbered[wanted])
+    return str(numbered[number])
 
 
 def _query(layout: Any, text: str) -> int:

@@ -25,9 +25,9 @@ class ProjectionTap:
         self._handles: list[Any] = []
         self._taps: dict[str, Any] = {}
         for names in (*NORM_PAIRS, *PROJECTION_PAIRS, *((name,) for name in FUSED_PROJECTIONS)):
-            found = {name: getattr(module, name, None) for name in names}
-            if all(isinstance(child, nn.Module) for child in found.values()):
-                self._taps = found
+            taps = {name: getattr(module, name, None) for name in names}
+            if all(isinstance(child, nn.Module) for child in taps.values()):
+                self._taps = taps
                 break
 
     def __enter__(self) -> ProjectionTap:

@@ -164,15 +164,18 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def find_sites(model: nn.Module) -> SiteList:
     """List the attention modules of a model, in the order of `model.named_modules()`.
 
+    Each with its name, kind ("self", "cross", "window", "frame", "global"), heads where the module
+    says, and how queries and keys will be read, or why they can't be. It prints as a table.
+
     Cost: looks at every module's class once; no forward.
     """
-    found = []
+    sites = []
     for name, module in model.named_modules():
         if module is not model and type(module).__name__ == "OptimizedModule":
             continue
         clean = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        found.append(_site(clean or type(module).__name__, module))
-    return SiteList(site for site in found if site is not None)
+        sites.append(_site(clean or type(module).__name__, module))
+    return SiteList(site for site in sites if site is not None)
 
 
 def choose_sites(sites: SiteList, chooser: Chooser) -> SiteList:
