@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,21 +18,26 @@ def progress(
 ) -> Any:
     """A bar over `steps`; or, with `steps=None` and a total, one to `update` by hand.
 
-    Parameters
-    ----------
-    shown
-        False: no bar, only the steps. None: only where somebody is watching a terminal.
-    delay
-        Seconds before the bar appears, so that short work shows none.
+    `shown=False` gives the steps alone, None a bar only where somebody watches a terminal. A bar
+    appears after `delay` seconds, so that short work shows none, and then vanishes at its end.
     """
+    # Not tqdm's `disable=`: also then it starts a thread and takes a lock, and a process that is
+    # forked meanwhile waits for that lock for ever.
+    if not (sys.stderr.isatty() if shown is None else shown):
+        return _Silent() if steps is None else steps
     from tqdm.auto import tqdm
 
-    return tqdm(
-        steps,
-        desc=label,
-        unit=unit,
-        total=total,
-        delay=delay,
-        disable=None if shown is None else not shown,
-        leave=not delay,
-    )
+    return tqdm(steps, desc=label, unit=unit, total=total, delay=delay, leave=not delay)
+
+
+class _Silent:
+    """A bar that nobody sees."""
+
+    def update(self, count: int = 1) -> None:
+        """Nothing to move."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to end."""
