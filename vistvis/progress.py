@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -30,7 +31,7 @@ def progress(
     return tqdm(steps, desc=label, unit=unit, total=total, delay=delay, leave=not delay)
 
 
-class _Silent:
+class _Silent(contextlib.nullcontext[Any]):
     """A bar that nobody sees."""
 
     def update(self, count: int = 1) -> None:
@@ -38,6 +39,3 @@ class _Silent:
 
     def __enter__(self) -> _Silent:
         return self
-
-    def __exit__(self, *error: object) -> None:
-        """Nothing to end."""

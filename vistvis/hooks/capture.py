@@ -1,12 +1,8 @@
-"""`capture`: run a model as it is, and keep the queries and keys that reach its attention kernels.
-
-with vistvis.capture(model, "blocks.*.attn") as captured:
-    model(x)
-captured["blocks.11.attn"].rows(0)
-"""
+"""`capture`: run a model as it is, and keep the queries and keys that reach its kernels."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -14,7 +10,7 @@ import torch
 from torch import nn
 
 from vistvis.attention import Attention
-from vistvis.errors import CaptureError, InputError, SiteError
+from vistvis.errors import CaptureError, InputError, SiteError, VistvisWarning
 from vistvis.hooks.reasons import why_unfired
 from vistvis.hooks.results import LayoutOf, Options, ReadFrom, Results, Sink
 from vistvis.hooks.watching import Watch
@@ -79,7 +75,7 @@ def capture(
     CaptureError
         If the model can't be captured at all (`DataParallel`, TorchScript). At access or at the end
         of the block: a site that never ran, ran twice in a pass, or made a kernel call that can't
-        be turned into exact weights.
+        be turned into exact weights. With `sites=None`, one that only ran twice is a warning there.
 
     Cost: some 0.5 ms of Python a site and pass (measured: 1 to 3 % of a forward of VGGT on a CPU),
     and for the first of several passes the system's time to give memory for Q and K, on a CPU 2 to
@@ -87,7 +83,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"capture needs an nn.Module, got {type(model).__name__}")
-    options = Options(accumulate, keep, source, rope, verify, sink, layout)
+    options = Options(accumulate, keep, source, rope, verify, sink, layout, sites is not None)
     _check_model(model)
     every = find_sites(model).named(names or {})
     return Capture(model, every, choose_sites(every, sites), options)
@@ -138,13 +134,18 @@ class Capture(Mapping[str, Attention]):
             self._raise_untold()
 
     def _raise_untold(self) -> None:
-        untold = {n: text for n, text in self._results.errors.items() if n not in self._told}
+        errors, fired = self._results.errors, self._results.fired
+        untold = {n: text for n, text in errors.items() if n not in self._told}
         if untold:
             self._told.update(untold)
             lines = [f"site {name!r}: {text}" for name, text in list(untold.items())[:5]]
             more = f"; and {len(untold) - 5} more sites" if len(untold) > 5 else ""
-            raise CaptureError("; ".join(lines) + more)
-        if self.passes and not any(self._results.fired.values()):
+            # A head that iterates, and that nobody asked for, does not spoil the rest.
+            rest = any(count and name not in errors for name, count in fired.items())
+            if self._options.asked or not rest or not untold.keys() <= self._results.repeated:
+                raise CaptureError("; ".join(lines) + more)
+            warnings.warn("; ".join(lines) + more, VistvisWarning, stacklevel=3)
+        if self.passes and not any(fired.values()):
             site = next(iter(self._chosen.values()))
             raise CaptureError(
                 f"none of the {len(self._chosen)} chosen sites ran in {self.passes} forward "

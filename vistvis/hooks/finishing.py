@@ -10,24 +10,13 @@ from torch import nn
 
 from vistvis.attention import Attention, SiteInfo
 from vistvis.errors import CaptureError
-from vistvis.hooks.projections import ProjectionTap
-from vistvis.hooks.readings import Notes, error_text
+from vistvis.hooks.readings import error_text
 from vistvis.hooks.results import Options, Pass, Results
-from vistvis.hooks.settling import settle
+from vistvis.hooks.settling import SiteRun, settle
 from vistvis.hooks.verify import verify_reading
 from vistvis.models.sites import Site
 from vistvis.models.windows import window_of
 from vistvis.tokens import TokenLayout
-
-
-class SiteRun(NamedTuple):
-    """One run of a site: what it showed, the shape of its input where that tells something, and
-    its projections where those were asked for."""
-
-    site: Site
-    notes: Notes
-    sizes: tuple[int, ...] = ()
-    before: ProjectionTap | None = None
 
 
 class Cut(NamedTuple):
@@ -55,6 +44,8 @@ class Finisher(threading.local):
         try:
             if now.ran[name] > 1 and not self._options.accumulate:
                 now.attention.pop(name, None)
+                now.errors.pop(name, None)
+                self._results.repeated.add(name)
                 raise CaptureError(
                     f"ran {now.ran[name]} times in one forward pass (a shared module?); "
                     "use accumulate=True for a list"
@@ -72,7 +63,7 @@ class Finisher(threading.local):
 
     def _read(self, run: SiteRun, layout: TokenLayout | None) -> Attention:
         options = self._options
-        reading, attention = settle(run.site, run.notes, options.kernel_source, sizes=run.sizes)
+        reading, attention = settle(run, options.kernel_source)
         source = reading.source
         if options.verify:
             verify_reading(reading)

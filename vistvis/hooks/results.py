@@ -29,6 +29,7 @@ class Options:
     verify: bool
     sink: Sink | None
     layout: TokenLayout | LayoutOf | None
+    asked: bool  # whether sites were chosen, rather than all taken
 
     def __post_init__(self) -> None:
         if self.keep not in (None, "cpu"):
@@ -69,6 +70,7 @@ class Results:
         self.errors: dict[str, str] = {}
         self.fired = dict.fromkeys(names, 0)
         self.sources: dict[str, str] = {}
+        self.repeated: set[str] = set()
         self.passes = self.failed_passes = 0
         self.last_failed = False
         self._accumulate = accumulate

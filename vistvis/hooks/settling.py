@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -12,22 +13,33 @@ from torch import Tensor
 from vistvis.attention import Attention
 from vistvis.errors import CaptureError
 from vistvis.hooks.folding import UnreadableError
+from vistvis.hooks.projections import ProjectionTap
 from vistvis.hooks.readings import Notes, Reading
 from vistvis.hooks.reasons import why_unseen
 from vistvis.models.sites import Site
 
 
-def settle(
-    site: Site, notes: Notes, source: str | None, *, sizes: tuple[int, ...] = ()
-) -> tuple[Reading, Attention]:
+class SiteRun(NamedTuple):
+    """One run of a site: what it showed, the shapes of what it got and returned where those tell
+    something, and its projections where those were asked for."""
+
+    site: Site
+    notes: Notes
+    sizes: tuple[int, ...] = ()
+    returned: tuple[int, ...] = ()
+    before: ProjectionTap | None = None
+
+
+def settle(run: SiteRun, source: str | None) -> tuple[Reading, Attention]:
     """The one reading of a run of a site, and its attention; `CaptureError` if there is none.
 
     `source` takes only what was read so; None takes kernels before softmaxes.
     """
-    readings = [_over_tokens(reading, sizes) for reading in notes.readings]
-    reading = _unpack_groups(_one(site, readings, notes.problems, source), site)
+    readings = [_over_tokens(reading, run.sizes) for reading in run.notes.readings]
+    reading = _unpack_groups(_one(run.site, readings, run.notes.problems, source), run.site)
     if reading.attention is None:
         raise CaptureError(reading.error)
+    _check_whole(reading.attention, run.sizes, run.returned)
     return reading, reading.attention
 
 
@@ -83,6 +95,20 @@ def _stack_heads(readings: Sequence[Reading]) -> Reading:
         )
     value, output = cat([one.value for one in readings]), cat([one.output for one in readings])
     return Reading(attention, readings[0].source, value, output)
+
+
+def _check_whole(attention: Attention, sizes: tuple[int, ...], returned: tuple[int, ...]) -> None:
+    """Refuse a kernel call for some of the queries only: row 5 would be another token's."""
+    # A module that pools its queries returns fewer, windows hold them all, and merged tokens are
+    # fewer on both sides.
+    batch, _, queries, keys = attention.shape
+    fewer = len(sizes) == 3 and batch * queries < sizes[0] * sizes[1]
+    if fewer and sizes[:2] == returned[:2] and queries < keys:
+        raise UnreadableError(
+            f"its kernel saw {queries} of the {sizes[1]} queries that the module got; the rest is "
+            "attended by other code (sparse or custom), and which tokens these are is not known: "
+            "switch that off"
+        )
 
 
 def _over_tokens(reading: Reading, sizes: tuple[int, ...]) -> Reading:

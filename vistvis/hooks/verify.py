@@ -31,6 +31,11 @@ def verify_reading(reading: Reading) -> None:
         # Masked logits, at −10³⁸ say, tell nothing of rounding.
         counting = logits[(logits > highest - 40) & (highest > MASKED)]
         size = float(counting.abs().max()) if counting.numel() else 1.0
+    if not bool(there[~difference.isfinite()].isfinite().all()):
+        raise CaptureError(
+            "the model itself gives NaN or infinity here: its kernel returned it, so there is "
+            "nothing to compare; run it in bfloat16 or float32, or look for what overflows"
+        )
     # Kernels take products in float32 at least, so logits carry that rounding times their size into
     # the weights; weights and output are rounded to the kernel's dtype.
     eps = 64 * torch.finfo(torch.float32).eps * max(1.0, size)

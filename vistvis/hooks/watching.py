@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistvis.hooks.finishing import Cut, Finisher, SiteRun
+from vistvis.hooks.finishing import Cut, Finisher
 from vistvis.hooks.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
 from vistvis.hooks.patching import Forward, Listener, attach, detach
 from vistvis.hooks.projections import ProjectionTap
 from vistvis.hooks.readings import Keeping, KernelReader, Notes
 from vistvis.hooks.results import Options, Pass, Results
+from vistvis.hooks.settling import SiteRun
 from vistvis.hooks.tap import CompiledTap, Event, Hidden, KernelRan, KernelTap, PassBegan
 from vistvis.models.families import ENTRIES
 from vistvis.models.layouts import layout_from_model
@@ -231,7 +232,8 @@ class Watch:
                 out = original(*args, **kwargs)
         finally:
             running.pop()
-        self._finish(SiteRun(site, multihead.notes, sizes, before))
+        returned = _sizes(out if isinstance(out, (tuple, list)) else (out,), {})
+        self._finish(SiteRun(site, multihead.notes, sizes, returned, before))
         return out
 
     def _layout_of(self, args: Args, kwargs: Kwargs) -> TokenLayout | None:
@@ -286,7 +288,7 @@ def _recomputing() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _sizes(args: Args, kwargs: Kwargs) -> tuple[int, ...]:
+def _sizes(args: Sequence[Any], kwargs: Kwargs) -> tuple[int, ...]:
     """The shape of a module's input, its first tensor of three or more dimensions; else ()."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and not value.is_nested and value.ndim >= 3:

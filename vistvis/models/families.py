@@ -1,14 +1,7 @@
 """What is known of model families, in one place: names, exceptions, token layouts.
 
 Most models need nothing here: attention modules are told by their code, heads and kinds by the
-words that everybody uses. To add a family, give
-
-- `MODULES` an entry, where a class looks like attention over tokens and is not, or where its
-  kernel's tensors do not say which dimension is heads;
-- `LAYOUTS` a function, where pictures become tokens in a way that no function here knows;
-- the tuples of attribute names another name, where it calls the usual things by it;
-
-and a miniature of it in `tests/`.
+words that everybody uses. docs/architecture.md says how to add a family.
 """
 
 from __future__ import annotations

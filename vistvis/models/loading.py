@@ -32,14 +32,10 @@ class LoadedModel:
     """A model in eval mode and the pictures it is to see."""
 
     model: nn.Module
-    images: Tensor
-    """What the model takes."""
-    pictures: Tensor
-    """`(B, S, 3, H, W)` in [0, 1]: the same before the model's normalisation."""
-    watched: nn.Module
-    """The part whose sites count; the model itself, usually."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """As `capture` takes them."""
+    images: Tensor  # what the model takes
+    pictures: Tensor  # (B, S, 3, H, W) in [0, 1]: the same before the model's normalisation
+    watched: nn.Module  # the part whose sites count; the model itself, usually
+    names: Mapping[str, str] = field(default_factory=dict)  # as `capture` takes them
 
     def sites(self, chooser: Chooser = None) -> SiteList:
         """The chosen sites under their names, in the order in which they run."""
