@@ -81,3 +81,8 @@ def softmax_of_part(logits: Tensor, log_sum_exp: Tensor, *, masked: bool) -> Ten
         # A row without any key has lse = −inf; its logits are −inf too, and exp(−inf − 0) = 0.
         log_sum_exp = log_sum_exp.masked_fill(log_sum_exp == -math.inf, 0.0)
     return logits.sub_(log_sum_exp.unsqueeze(-1)).exp_()
+
+
+def unexpanded(mask: Tensor) -> Tensor:
+    """A mask without what `expand` repeated; it broadcasts to the same."""
+    return mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistvis.attention import Attention
+from vistvis.attention.arithmetic import unexpanded
 from vistvis.errors import VistvisError
 from vistvis.hooks.folding import Fold, UnreadableError
 
@@ -67,8 +68,7 @@ class Keeping:
 
     def mask(self, mask: Tensor, dtype: torch.dtype | None) -> Tensor:
         """A mask, kept: one copy, as large as a dense matrix, serves all that use it in a pass."""
-        # A broadcast dimension is kept as one.
-        compact = mask[tuple(slice(0, 1) if step == 0 else slice(None) for step in mask.stride())]
+        compact = unexpanded(mask)
         mark = (compact.data_ptr(), compact.shape, compact.stride(), compact.dtype, dtype)
         copy = self.masks.get(mark)
         # The original is held on to, so its address is its own; compared, because it may have been

@@ -7,6 +7,7 @@ works for classes that nobody has listed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -134,7 +135,7 @@ class SiteList(Sequence[Site]):
                 raise SiteError(_no_match(path, self))
         renamed = [replace(by_path.pop(path), name=name) for path, name in names.items()]
         sites = SiteList([*renamed, *by_path.values()])
-        twice = [name for name in set(sites.names) if sites.names.count(name) > 1]
+        twice = [name for name, count in Counter(sites.names).items() if count > 1]
         if twice:
             raise InputError(f"names= gives {few(sorted(twice))} to more than one site")
         return sites

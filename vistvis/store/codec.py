@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vistvis.attention import Attention, GivenWeights, SiteInfo
+from vistvis.attention.arithmetic import unexpanded
 
 # Which tensors a stored site has at least, and at most.
 HOLDINGS = {
@@ -32,7 +33,7 @@ def tensors_of(attention: Attention) -> tuple[dict[str, Tensor], dict[str, Any]]
         return {"weights": attention.weights}, {}
     tensors = {"query": attention.query, "key": attention.key}
     if attention.mask is not None:
-        tensors["mask"] = _unexpanded(attention.mask)
+        tensors["mask"] = unexpanded(attention.mask)
     facts: dict[str, Any] = {"scale": None, "causal": attention.causal}
     if isinstance(attention.scale, Tensor):
         tensors["scale"] = attention.scale
@@ -58,12 +59,3 @@ def attention_of(
         causal=bool(facts.get("causal")),
         site=site,
     )
-
-
-def _unexpanded(mask: Tensor) -> Tensor:
-    """A mask without what `expand` repeated; it broadcasts to the same."""
-    index = tuple(
-        slice(0, 1) if stride == 0 and size > 1 else slice(None)
-        for size, stride in zip(mask.shape, mask.stride(), strict=True)
-    )
-    return mask[index]
