@@ -183,7 +183,7 @@ def report(answer: Answer, loaded: LoadedImages, name: str, *, trained: bool) ->
     lines += [
         f"pictures  {layout.frames} of {width}×{height} pixels: {layout.grid[0]}×"
         f"{layout.grid[1]} patches + {layout.num_special} special tokens each",
-        f"query     {first.query}, in {Path(loaded.paths[first.query.frame]).name}",
+        f"query     {first.query}, in {Path(loaded.paths[first.query.frame_idx]).name}",
     ]
     for kind, values in answer.values.items():
         block = answer.result["block_idx"]
@@ -201,7 +201,7 @@ def report(answer: Answer, loaded: LoadedImages, name: str, *, trained: bool) ->
 
 def _where(place: TokenPlace, loaded: LoadedImages) -> str:
     assert place.box is not None
-    x0, y0, x1, y1 = loaded.geometries[place.frame].box_to_original(place.box)
+    x0, y0, x1, y1 = loaded.geometries[place.frame_idx].box_to_original(place.box)
     x, y = (x0 + x1 - 1) / 2, (y0 + y1 - 1) / 2
     return f"row {place.row}, col {place.col}, photo pixel {x:.0f},{y:.0f}"
 

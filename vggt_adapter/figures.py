@@ -143,7 +143,7 @@ class _Drawing:
     cmap: str
 
     def frame(self, picture: Axes, heatmap: Axes, match: Match) -> None:
-        frame = match.place.frame
+        frame = match.place.frame_idx
         mine = frame == self.values.query.frame
         said = mine and self.values.attention_type == "global"
         _panel_title(picture, f"frame {frame}" + " · query" * said, strong=said)

@@ -76,7 +76,7 @@ class LoadedImages:
     ) -> tuple[float, float, float, float] | None:
         """Where a patch lies in its original photo, edges x0, y0, x1, y1; None for the others."""
         place = layout.locate(token)
-        geometry = self.geometries[place.frame]
+        geometry = self.geometries[place.frame_idx]
         return None if place.box is None else geometry.box_to_original(place.box)
 
 

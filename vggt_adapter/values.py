@@ -68,7 +68,7 @@ class QueryValues:
     @property
     def frames(self) -> range:
         """The frames that `maps` shows."""
-        first = self.query.frame if self.attention_type == "frame" else 0
+        first = self.query.frame_idx if self.attention_type == "frame" else 0
         return range(first, first + len(self.maps))
 
     @property

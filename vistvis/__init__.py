@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from vistvis.attention import Attention as Attention
+from vistvis.attention.order import TokenOrder as TokenOrder
 from vistvis.attention.site import SiteInfo as SiteInfo
 from vistvis.attention.site import WindowInfo as WindowInfo
 from vistvis.errors import VistvisError as VistvisError

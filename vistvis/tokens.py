@@ -1,18 +1,21 @@
 """Where a token is: sequence index ↔ frame, special or patch, grid cell, pixel box.
 
 A sequence holds `frames` pictures one after the other. Each picture contributes its special tokens
-first (camera, register, cls, …) and then its patches in reading order:
+first (camera, register, cls, …), then its patches in reading order, then, in a few models, special
+tokens behind them:
 
     frame 0                          frame 1
     camera register… patch patch …   camera register… patch patch …
 
 With P tokens per frame, the token at place t of frame f has the absolute index `f * P + t`. Frame
-attention counts within one frame; global attention counts absolutely.
+attention counts within one frame; global attention counts absolutely. Tokens of no frame (text, a
+scale token) stand before or after all frames, and are counted with them.
 """
 
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     Row = TypeVar("Row", torch.Tensor, np.ndarray[Any, Any])
 
 PATCH = "patch"
+# Kinds of tokens that most layouts have none of.
+_REST = ("behind", "before", "after")
 _CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
 
@@ -36,11 +41,13 @@ _CORNERS = ("top left", "top right", "bottom left", "bottom right")
 class TokenPlace:
     """Where a token is; `patch`, `row`, `col` and `box` are None for a special token.
 
-    `box` is `(x0, y0, x1, y1)` in pixels of the picture as the model saw it, `x1`, `y1` exclusive.
+    `frame` is None for a token of no frame; `token_in_frame` then counts among those before, or
+    among those after, all frames. `box` is `(x0, y0, x1, y1)` in pixels of the picture as the model
+    saw it, `x1`, `y1` exclusive.
     """
 
     token: int
-    frame: int
+    frame: int | None
     token_in_frame: int
     kind: str
     patch: int | None = None
@@ -52,7 +59,16 @@ class TokenPlace:
     def is_patch(self) -> bool:
         return self.patch is not None
 
+    @property
+    def frame_idx(self) -> int:
+        """`frame`, for a token that has one; else a `LayoutError`."""
+        if self.frame is None:
+            raise LayoutError(f"{self} lies in no picture; choose a token of one")
+        return self.frame
+
     def __str__(self) -> str:
+        if self.frame is None:
+            return f"token {self.token} ({self.kind} {self.token_in_frame}, of no frame)"
         where = f"frame {self.frame}, token {self.token_in_frame}"
         if self.patch is None:
             return f"token {self.token} ({where}, {self.kind})"
@@ -77,6 +93,10 @@ class TokenLayout:
         of kind `"special"`.
     patch_size
         `(height, width)` of a patch in pixels; an int means square.
+    behind
+        Kinds of the special tokens behind the patches of a frame (MapAnything).
+    before, after
+        Kinds of the tokens of no frame, in front of all frames and after them (text, scale).
 
     Sizes that are not positive are a `LayoutError`.
 
@@ -89,26 +109,30 @@ class TokenLayout:
     grid: tuple[int, int]
     special: tuple[str, ...] = ()
     patch_size: tuple[int, int] = (14, 14)
+    behind: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Ints and lists are accepted because they are what configurations and JSON hold.
         # (`hasattr` and not SupportsIndex, whose isinstance takes 20 µs: layouts are made while a
         # model runs.)
-        special: Any = self.special
-        if hasattr(special, "__index__"):
-            special = ("special",) * operator.index(special)
-        elif isinstance(special, str):
-            special = (special,)
+        for name in ("special", "behind", "before", "after"):
+            special: Any = getattr(self, name)
+            if hasattr(special, "__index__"):
+                special = ("special",) * operator.index(special)
+            elif isinstance(special, str):
+                special = (special,)
+            object.__setattr__(self, name, tuple(map(str, special)))
         patch: Any = self.patch_size
         if hasattr(patch, "__index__"):
             patch = (patch, patch)
         object.__setattr__(self, "frames", operator.index(self.frames))
         object.__setattr__(self, "grid", _pair(self.grid, "grid"))
-        object.__setattr__(self, "special", tuple(map(str, special)))
         object.__setattr__(self, "patch_size", _pair(patch, "patch_size"))
         if self.frames < 1:
             raise LayoutError(f"a layout has at least one frame, got frames={self.frames}")
-        if PATCH in self.special:
+        if PATCH in (*self.special, *self.behind, *self.before, *self.after):
             raise LayoutError(f"{PATCH!r} names image tokens; give special tokens another kind")
 
     # -- sizes ---------------------------------------------------------------------------------
@@ -116,10 +140,12 @@ class TokenLayout:
     @property
     def num_special(self) -> int:
         """Special tokens per frame."""
-        return len(self.special)
+        return len(self.special) + len(self.behind)
 
-    # VGGT's name for it: the first patch token's place within a frame.
-    patch_start_idx = num_special
+    @property
+    def patch_start_idx(self) -> int:
+        """The first patch token's place within a frame; the name is VGGT's."""
+        return len(self.special)
 
     @property
     def num_patches(self) -> int:
@@ -133,8 +159,8 @@ class TokenLayout:
 
     @property
     def num_tokens(self) -> int:
-        """N = S · P."""
-        return self.frames * self.tokens_per_frame
+        """N = S · P, and the tokens of no frame."""
+        return len(self.before) + self.frames * self.tokens_per_frame + len(self.after)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -149,12 +175,20 @@ class TokenLayout:
         if not 0 <= token < self.num_tokens:
             raise LayoutError(
                 f"token {token} is outside 0…{self.num_tokens - 1} ({self.frames} frames of "
-                f"{self.tokens_per_frame} tokens); the last patch is {self.num_tokens - 1}"
+                f"{self.tokens_per_frame} tokens); the last patch is {self._last_patch()}"
             )
-        frame, in_frame = divmod(token, self.tokens_per_frame)
-        if in_frame < self.num_special:
+        if token < len(self.before):
+            return TokenPlace(token, None, token, self.before[token])
+        frame, in_frame = divmod(token - len(self.before), self.tokens_per_frame)
+        if frame >= self.frames:
+            nth = token - len(self.before) - self.frames * self.tokens_per_frame
+            return TokenPlace(token, None, nth, self.after[nth])
+        if in_frame < self.patch_start_idx:
             return TokenPlace(token, frame, in_frame, self.special[in_frame])
-        patch = in_frame - self.num_special
+        patch = in_frame - self.patch_start_idx
+        if patch >= self.num_patches:
+            kind = self.behind[patch - self.num_patches]
+            return TokenPlace(token, frame, in_frame, kind)
         row, col = divmod(patch, self.grid[1])
         height, width = self.patch_size
         box = (col * width, row * height, (col + 1) * width, (row + 1) * height)
@@ -163,14 +197,16 @@ class TokenLayout:
     def nearest_patch(self, token: SupportsIndex) -> int:
         """The patch token nearest to `token` in sequence order, within the same frame.
 
-        A special token gives its frame's first patch; an index past the end gives the last patch of
-        the last frame; a negative one the first patch of frame 0.
+        A special token gives its frame's first patch (one behind the patches its last); an index
+        past the frames gives the last patch of the last frame; one before them, or a negative one,
+        the first patch of frame 0.
         """
-        token = operator.index(token)
-        if token >= self.num_tokens:
-            return self.num_tokens - 1
+        token = operator.index(token) - len(self.before)
+        if token >= self.frames * self.tokens_per_frame:
+            return self._last_patch()
         frame, in_frame = divmod(max(token, 0), self.tokens_per_frame)
-        return frame * self.tokens_per_frame + max(in_frame, self.num_special)
+        first = self.patch_start_idx
+        return self._start(frame) + min(max(in_frame, first), first + self.num_patches - 1)
 
     # -- place → token -------------------------------------------------------------------------
 
@@ -197,21 +233,34 @@ class TokenLayout:
                 "name the token in one way: token=, patch=, row= with col=, or kind=; got "
                 f"token={token}, patch={patch}, row={row}, col={col}, kind={kind!r}"
             )
-        start = self._within("frame", frame, self.frames) * self.tokens_per_frame
+        start = self._start(self._within("frame", frame, self.frames))
+        first = self.patch_start_idx
         if token is not None:
             return start + self._within("token", token, self.tokens_per_frame)
         if patch is not None:
-            return start + self.num_special + self._within("patch", patch, self.num_patches)
+            return start + first + self._within("patch", patch, self.num_patches)
         if row is not None and col is not None:
             y = self._within("row", row, self.grid[0])
             x = self._within("col", col, self.grid[1])
-            return start + self.num_special + y * self.grid[1] + x
-        places = [place for place, name in enumerate(self.special) if name == kind]
+            return start + first + y * self.grid[1] + x
+        behind = first + self.num_patches
+        after = self._start(self.frames)
+        places = [
+            base + place
+            for base, kinds in (
+                (start, self.special),
+                (start + behind, self.behind),
+                (0, self.before),
+                (after, self.after),
+            )
+            for place, name in enumerate(kinds)
+            if name == kind
+        ]
         if not places:
             raise LayoutError(
                 f"no special token of kind {kind!r}: this layout has {self._special_text()}"
             )
-        return start + places[self._within(f"nth {kind}", nth, len(places))]
+        return places[self._within(f"nth {kind}", nth, len(places))]
 
     def token_at(self, frame: SupportsIndex, x: float, y: float) -> int:
         """The absolute index of the patch under pixel `(x, y)` of a frame.
@@ -251,13 +300,15 @@ class TokenLayout:
                 f"a row over this layout has {self.num_tokens} values ({self.frames} × "
                 f"{self.tokens_per_frame}), got shape {tuple(row.shape)}"
             )
+        row = row[..., self._start(0) : self._start(self.frames)]
         framed = rearrange(row, "... (s n) -> ... s n", s=self.frames)
-        patches = framed[..., self.num_special :]
+        first = self.patch_start_idx
+        patches = framed[..., first : first + self.num_patches]
         return rearrange(patches, "... (rows cols) -> ... rows cols", rows=self.grid[0])
 
     def frame_layout(self) -> TokenLayout:
         """The layout of a single frame: what frame attention sees."""
-        return replace(self, frames=1)
+        return replace(self, frames=1, before=(), after=())
 
     def sides(self, queries: int, keys: int) -> tuple[TokenLayout | None, TokenLayout | None]:
         """The layouts of the query and of the key side of attention with so many of each.
@@ -277,13 +328,17 @@ class TokenLayout:
             "grid": list(self.grid),
             "special": list(self.special),
             "patch_size": list(self.patch_size),
+            **{name: list(getattr(self, name)) for name in _REST if getattr(self, name)},
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TokenLayout:
         """The reverse of `to_dict`."""
         try:
-            return cls(data["frames"], data["grid"], tuple(data["special"]), data["patch_size"])
+            rest = {name: tuple(data[name]) for name in _REST if name in data}
+            return cls(
+                data["frames"], data["grid"], tuple(data["special"]), data["patch_size"], **rest
+            )
         except (KeyError, TypeError) as error:
             raise LayoutError(
                 f"a layout has frames, grid, special and patch_size, got {dict(data)}"
@@ -300,6 +355,13 @@ class TokenLayout:
 
         return layout_from_model(model, images)
 
+    def _start(self, frame: int) -> int:
+        """The first token of a frame; of the one past the last: where the frames end."""
+        return len(self.before) + frame * self.tokens_per_frame
+
+    def _last_patch(self) -> int:
+        return self._start(self.frames) - 1 - len(self.behind)
+
     def _within(self, name: str, value: SupportsIndex, size: int) -> int:
         number = operator.index(value)
         if not 0 <= number < size:
@@ -307,8 +369,10 @@ class TokenLayout:
         return number
 
     def _special_text(self) -> str:
-        kinds = list(dict.fromkeys(self.special))
-        return ", ".join(f"{self.special.count(k)} × {k}" for k in kinds) or "no special tokens"
+        every = (*self.special, *self.behind, *self.before, *self.after)
+        return ", ".join(f"{n} × {kind}" for kind, n in Counter(every).items()) or (
+            "no special tokens"
+        )
 
     def __str__(self) -> str:
         frames = f"{self.frames} frame{'s' if self.frames != 1 else ''}"

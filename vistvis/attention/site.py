@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
+from vistvis.attention.order import TokenOrder
 from vistvis.errors import InputError
 from vistvis.tokens import TokenLayout
 
@@ -35,6 +38,12 @@ class SiteInfo:
     False where queries and keys were taken before their rotary embedding on purpose, and None where
     there is nothing to say. `frames_in_batch` says that frames are folded into the batch: batch
     index `b · S + s`.
+
+    Layouts number tokens as the model's pictures came in. Where a model reorders, drops or merges
+    tokens, `query_order` and `key_order` say which of them the captured ones are, and
+    `frame_order` `(B, S)`, where frames are folded into the batch, which picture lies at
+    `b · S + s`. `first_frame` is the frame of the key layout that the query layout's first one is,
+    where keys of earlier frames come from a cache.
     """
 
     name: str
@@ -48,6 +57,10 @@ class SiteInfo:
     source: str = "given"
     window: WindowInfo | None = None
     path: str = ""
+    query_order: TokenOrder | None = None
+    key_order: TokenOrder | None = None
+    frame_order: Tensor | None = field(default=None, compare=False)
+    first_frame: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", self.path or self.name)
@@ -59,8 +72,12 @@ class SiteInfo:
         return layout.patch_size if layout else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        data = asdict(self)
+        """Plain data, for JSON; orders are tensors, and not in it."""
+        data = asdict(replace(self, query_order=None, key_order=None, frame_order=None))
+        for name in ("query_order", "key_order", "frame_order"):
+            del data[name]
+        if not self.first_frame:
+            del data["first_frame"]
         for side in ("query_layout", "key_layout"):
             layout: TokenLayout | None = getattr(self, side)
             data[side] = layout.to_dict() if layout else None
