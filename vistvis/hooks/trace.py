@@ -345,7 +345,8 @@ class _Code:
     def _answer(self, tokens: Tensor | None) -> Tensor:
         if tokens is None or tokens.shape != self._base.shape:
             return torch.zeros_like(self.confidence)  # other tokens: nothing can be told
-        return torch.linalg.vector_norm(tokens.float() - self._base.float(), dim=-1).cpu()
+        answer: Tensor = torch.linalg.vector_norm(tokens.float() - self._base.float(), dim=-1)
+        return answer.cpu()
 
 
 def _inputs(model: nn.Module, sites: SiteList, run: Run, images: Tensor) -> dict[str, Tensor]:
