@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vistvis.hooks.finishing import Cut, Finisher
+from vistvis.hooks.fused import read_call
+from vistvis.hooks.kernels import KernelCall, link, listening, unlink
 from vistvis.hooks.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
 from vistvis.hooks.patching import Forward, Listener, attach, detach
 from vistvis.hooks.projections import ProjectionTap
@@ -73,6 +75,8 @@ class Watch:
         modules = {site.module: site for site in self._sites.values()}
         for layer in encoder_layers(self._model, list(modules)):
             self._listen(layer, self._encoder_listener(modules[layer.self_attn]))
+        self._undo.append(partial(unlink, self))
+        link(self, inner)
         self._listen(self._model, self._root_listener())
         for name in _entries(self._model):
             self._listen(self._model, _eager(partial(self._run_pass, entry=True)), name)
@@ -219,21 +223,27 @@ class Watch:
         sizes = _sizes(args, kwargs)
         batch = sizes[0] if sizes else None
         running, mark = self._state.running, object()
+        reader = KernelReader(self._keeping, site.heads, batch, site.traits.heads_at)
+        notes = multihead.notes
+
+        def hear(call: KernelCall) -> None:
+            notes.take("kernel", lambda: read_call(*call, reader))
+
         tap = KernelTap(
-            KernelReader(self._keeping, site.heads, batch, site.traits.heads_at),
-            multihead.notes,
+            reader,
+            notes,
             active=lambda: running[-1] is mark,
             instead={MULTIHEAD_FORWARD: multihead.multi_head_attention},
         )
         before = ProjectionTap(site.module) if self._options.projections else None
         running.append(mark)
         try:
-            with before or nullcontext(), tap:
+            with before or nullcontext(), tap, listening(self, hear):
                 out = original(*args, **kwargs)
         finally:
             running.pop()
         returned = _sizes(out if isinstance(out, (tuple, list)) else (out,), {})
-        self._finish(SiteRun(site, multihead.notes, sizes, returned, before))
+        self._finish(SiteRun(site, notes, sizes, returned, before))
         return out
 
     def _layout_of(self, args: Args, kwargs: Kwargs) -> TokenLayout | None:
