@@ -120,8 +120,8 @@ class _Arguments:
 
     def refuse_rest(self) -> None:
         for name, value in self._left.items():
-            default = self._defaults.get(name)
-            unset = value is None or value is False or value is default
+            default = self._defaults.get(name, False)
+            unset = value is None or value is default
             if name in _HARMLESS or unset or (not isinstance(value, Tensor) and value == default):
                 continue
             why = _REASONS.get(name, "its effect on the weights is not known")

@@ -12,10 +12,9 @@ import functools
 import inspect
 import sys
 import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -57,7 +56,7 @@ class _Ears(threading.local):
 
 _EARS = _Ears()
 _LOCK = threading.RLock()
-_MODELS: dict[object, weakref.ref[nn.Module]] = {}
+_OWNERS: dict[object, nn.Module] = {}  # what watches which model
 _WRAPPERS: dict[int, Callable[..., Any]] = {}  # by the id of the kernel, which each one holds
 _KERNELS: dict[int, Callable[..., Any]] = {}  # by the id of the wrapper
 
@@ -78,26 +77,30 @@ def link(owner: object, model: nn.Module) -> None:
     Cost: some 10 ms for 3,000 loaded modules. Kernels loaded later are not seen.
     """
     with _LOCK:
-        _MODELS[owner] = weakref.ref(model)
+        _OWNERS[owner] = model
         spaces = [*_loaded(), *_instances(model)]
         for names in spaces:
             for name in NAMES & names.keys():
                 if _is_kernel(name, names[name]):
                     _wrapper(name, names[name])
+        for value in _compiled(model):
+            name = value._torchdynamo_orig_callable.__name__
+            if name in NAMES and _is_kernel(name, value):
+                _wrapper(name, value)
         _replace(spaces, _WRAPPERS)
 
 
 def unlink(owner: object) -> None:
     """Lead them to the kernels again, but for what others watch. Twice does no harm."""
     with _LOCK:
-        mine = _MODELS.get(owner)
-        rest = [model() for one, model in _MODELS.items() if one is not owner]
-        model = mine() if mine is not None else None
-        watched = {id(names) for other in rest if other is not None for names in _instances(other)}
-        spaces = [] if model is None else [n for n in _instances(model) if id(n) not in watched]
+        if owner not in _OWNERS:
+            return
+        rest = [model for one, model in _OWNERS.items() if one is not owner]
+        watched = {id(names) for model in rest for names in _instances(model)}
+        mine = [names for names in _instances(_OWNERS[owner]) if id(names) not in watched]
         # A module that was loaded meanwhile may have bound a wrapper: all are looked through.
-        _replace(spaces if rest else [*_loaded(), *spaces], _KERNELS)
-        _MODELS.pop(owner, None)
+        _replace(mine if rest else [*mine, *_loaded()], _KERNELS)
+        del _OWNERS[owner]
 
 
 def _loaded() -> Iterator[dict[str, Any]]:
@@ -111,7 +114,19 @@ def _instances(model: nn.Module) -> Iterator[dict[str, Any]]:
     return (vars(module) for module in model.modules())
 
 
-def _replace(spaces: list[dict[str, Any]], by: dict[int, Callable[..., Any]]) -> None:
+def _compiled(model: nn.Module) -> Iterator[Any]:
+    """What `torch.compile` made, bound in a module's own namespace or that of its class."""
+    files = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    for names in (
+        *(vars(sys.modules[file]) for file in files & sys.modules.keys()),
+        *_instances(model),
+    ):
+        for value in list(names.values()):
+            if type(value) is FunctionType and hasattr(value, "_torchdynamo_orig_callable"):
+                yield value
+
+
+def _replace(spaces: Sequence[dict[str, Any]], by: dict[int, Callable[..., Any]]) -> None:
     """Put one callable for another wherever it is bound."""
     olds = by.keys()
     for names in spaces:
@@ -122,14 +137,14 @@ def _replace(spaces: list[dict[str, Any]], by: dict[int, Callable[..., Any]]) ->
 
 
 def _is_kernel(name: str, value: Any) -> bool:
-    if not callable(value) or isinstance(value, (type, ModuleType)) or id(value) in _KERNELS:
+    if id(value) in _KERNELS:
         return False
     if name in APPROXIMATIONS:
-        return True
-    try:
-        parameters = inspect.signature(value).parameters
-    except (TypeError, ValueError):  # a builtin of the same name
+        return callable(value) and not isinstance(value, type)
+    # Not torch's operator of the same name, which `flex_attention` ends in.
+    if type(value) is not FunctionType:
         return False
+    parameters = inspect.signature(value).parameters
     return all(sign in parameters for sign in _SIGNS[name])
 
 
