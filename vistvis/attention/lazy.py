@@ -25,7 +25,7 @@ from vistvis.attention.checks import (
 )
 from vistvis.attention.indexing import ALL, Box, take
 from vistvis.attention.rows import LazyRows, Selection
-from vistvis.attention.segments import pieces, put_together
+from vistvis.attention.segments import fill_box, ranges
 from vistvis.attention.site import SiteInfo
 from vistvis.errors import InputError
 from vistvis.progress import progress as bar
@@ -215,8 +215,9 @@ class Attention(LazyRows):
         if self._log_sum_exp is not None:
             return self._log_sum_exp
         if self.segments is not None:
-            parts = bar(pieces(self), "log-sum-exp", shown=progress, delay=0.5)
-            values = torch.cat([piece.log_sum_exp() for _, piece in parts], 2)
+            parts = ranges(self.segments, self.shape[2])
+            parts = bar(parts, "log-sum-exp", shown=progress, delay=0.5)
+            values = torch.cat([self._segment(rows).log_sum_exp() for rows in parts], 2)
         else:
             reduce = functools.partial(torch.logsumexp, dim=-1)
             values = self._by_blocks(reduce, (ALL, ALL, ALL), self.shape[:3], progress)
@@ -247,7 +248,7 @@ class Attention(LazyRows):
 
     def _logits(self, box: Box) -> Tensor:
         if self.segments is not None:
-            return put_together(self, box, -math.inf, Attention._logits)
+            return self._by_segments(Attention._logits, box, -math.inf)
         b, h, q, k = box
         key_heads = h
         if self.groups > 1 and h != ALL:  # all heads: the groups are paired without copying keys
@@ -286,7 +287,7 @@ class Attention(LazyRows):
         if self.segments is not None:
             if by_sum:
                 self.log_sum_exp()  # its segments use it
-            return put_together(self, box, 0.0, Attention._block)
+            return self._by_segments(Attention._block, box, 0.0)
         if by_sum:
             logits, lse = self._logits(box), take(self.log_sum_exp(), *box[:3])
             return arithmetic.softmax_of_part(logits, lse, masked=masked)
@@ -312,6 +313,27 @@ class Attention(LazyRows):
         for index, part in bar(self._parts(rows), "log-sum-exp", shown=progress, delay=0.5):
             out[index] = reduce(self._logits((*part, ALL)))
         return out
+
+    def _by_segments(
+        self, compute: Callable[[Attention, Box], Tensor], box: Box, outside: float
+    ) -> Tensor:
+        out = torch.full(self._counts(box), outside, dtype=self.dtype, device=self.device)
+        starts, count = self.segments, self.shape[2]
+        assert starts is not None
+        return fill_box(out, box, starts, count, lambda r, part: compute(self._segment(r), part))
+
+    def _segment(self, rows: slice) -> Attention:
+        """One segment as attention of its own."""
+        mask, lse = self.mask, self._log_sum_exp
+        one = Attention(
+            query=self.query[:, :, rows],
+            key=self.key[:, :, rows],
+            scale=self.scale,
+            mask=None if mask is None else mask.expand(self.shape)[:, :, rows, rows],
+            causal=self.causal,
+        )
+        one._log_sum_exp = None if lse is None else lse[:, :, rows]
+        return one
 
     def _is_small(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape[:3]) <= arithmetic.rows_at_once(self.shape[3], self.dtype)
