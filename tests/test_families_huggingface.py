@@ -212,9 +212,13 @@ def test_generate_runs_many_passes() -> None:
 
 
 def test_kernels_that_show_nothing_are_refused() -> None:
+    def opaque(module: Any, query: Any, key: Any, value: Any, mask: Any, **rest: Any) -> Any:
+        return value.transpose(1, 2) + 0, None
+
+    transformers.AttentionInterface.register("opaque", opaque)
     model, inputs = CASES["ViT"]()
     model.eval()
-    model.config._attn_implementation = "flex_attention"
-    with pytest.raises(vistvis.VistvisError, match="'flex_attention', which can't be read"):  # noqa: SIM117
+    model.config._attn_implementation = "opaque"
+    with pytest.raises(vistvis.VistvisError, match="'opaque', and no call of it was seen"):  # noqa: SIM117
         with torch.no_grad(), vistvis.capture(model):
             model(**inputs)

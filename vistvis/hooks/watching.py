@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vistvis.hooks.finishing import Cut, Finisher
 from vistvis.hooks.fused import read_call
-from vistvis.hooks.kernels import KernelCall, link, listening, unlink
+from vistvis.hooks.kernels import NAMES, KernelCall, link, listening, unlink
 from vistvis.hooks.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
 from vistvis.hooks.patching import Forward, Listener, attach, detach
 from vistvis.hooks.projections import ProjectionTap
@@ -25,6 +25,7 @@ from vistvis.hooks.readings import Keeping, KernelReader, Notes
 from vistvis.hooks.results import Options, Pass, Results
 from vistvis.hooks.settling import SiteRun
 from vistvis.hooks.tap import CompiledTap, Event, Hidden, KernelRan, KernelTap, PassBegan
+from vistvis.models.code import reached_names
 from vistvis.models.families import ENTRIES
 from vistvis.models.layouts import layout_of_inputs
 from vistvis.models.sites import Site, SiteList
@@ -100,9 +101,13 @@ class Watch:
 
     def _site_listener(self, site: Site) -> Listener:
         events, name, values = self.events, site.name, self._options.verify
+        names = reached_names(type(site.module))
+        # Wrapped kernels pass through compiled code unseen.
+        wrapped = names & NAMES and "scaled_dot_product_attention" not in names
+        hidden = site.source == "module" or wrapped
 
         def compiled(original: Forward, args: Args, kwargs: Kwargs) -> Any:
-            if site.source == "module":
+            if hidden:
                 events.append(Hidden(name))
                 return original(*args, **kwargs)
             with CompiledTap(events, name, values):
