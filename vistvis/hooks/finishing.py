@@ -64,7 +64,7 @@ class Finisher(threading.local):
 
     def _read(self, run: SiteRun, layout: TokenLayout | None) -> Attention:
         options = self._options
-        reading, attention = settle(run, options.kernel_source)
+        reading, attention = settle(run, options.kernel_source)[0]
         source = reading.source
         if options.verify:
             verify_reading(reading)

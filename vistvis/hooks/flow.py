@@ -45,7 +45,7 @@ class Flow:
         self._reader, self._notes, self._active = reader, notes, active
         self._scores: Marks = {}
         self._weights: Marks = {}
-        self._odd = ""
+        self._odd, self._seen = False, ""
         self.begun = False
         """Whether there is anything to follow yet."""
 
@@ -80,8 +80,8 @@ class Flow:
         if found is None:
             return
         last = scores.ndim - 1
-        if dim not in (-1, last):
-            self._odd = f"its softmax runs over dimension {dim} of {tuple(scores.shape)}"
+        self._odd = self._odd or dim not in (-1, last)
+        self._seen = f"its softmax runs over dimension {dim} of {tuple(scores.shape)}"
         turned = found.turned != (dim in (-2, last - 1))
         self._mark(self._weights, out, Origin(found.product, turned))
 
@@ -110,19 +110,23 @@ class Flow:
     def _read(
         self, weights: Tensor, value: Tensor, weights_first: bool, out: Tensor, equation: Any
     ) -> Reading:
-        found, values, output = _found(self._weights, weights), None, None
+        made, values, output = weights, None, None
         if isinstance(equation, str):
             weights, values, output = _einsum_parts(equation, weights, value, weights_first, out)
         elif weights_first:
             values, output = value, out
         else:
             weights, values, output = weights.mT, value.mT, out.mT
-        self._check_rows(weights)
+        moved = weights.stride(-1) != made.stride(-1) or weights.shape[-1] != made.shape[-1]
+        self._check_rows(weights, odd=self._odd or moved)
         reading = self._reader.weights(weights, values, output)
-        return replace(reading, scores=found)
+        return replace(reading, scores=_found(self._weights, made))
 
-    def _check_rows(self, weights: Tensor) -> None:
-        """`UnreadableError` if the softmax ran over another side than the keys."""
+    def _check_rows(self, weights: Tensor, *, odd: bool) -> None:
+        """`UnreadableError` if the softmax ran over another side than the keys.
+
+        Rows of talking heads, say, need not sum to 1; but where the softmax was `odd` they must.
+        """
         if _sums_to_one(weights, -1):
             return
         if _sums_to_one(weights, -2):
@@ -130,8 +134,8 @@ class Flow:
                 "its softmax runs over the queries, so columns sum to 1 and there is no row of "
                 "weights"
             )
-        if self._odd:
-            raise UnreadableError(f"{self._odd}, not over the keys")
+        if odd:
+            raise UnreadableError(f"{self._seen}, not over the keys")
 
     def _mark(self, marks: Marks, out: Any, found: Origin) -> None:
         for tensor in _tensors((out,)):

@@ -70,40 +70,43 @@ def seen_text(readings: Sequence[Reading]) -> str:
 
 
 def _are_slices(marks: Sequence[Mark], dim: int, whole: int) -> bool:
-    """Whether tensors are slices along `dim` of one, in order, and cover it; `whole` is how much
-    there is of it as far as is known from elsewhere, or 0."""
+    """Whether tensors are slices along `dim` of one, in order, and cover it."""
     first = marks[0]
     dim %= len(first.shape)
-    step = first.strides[dim]
-    rest = (*first.shape[:dim], *first.shape[dim + 1 :])
-    at = first.offset
+    step, at = first.strides[dim], first.offset
     for mark in marks:
-        alike = (
-            mark.storage.data_ptr() == first.storage.data_ptr() and mark.strides == first.strides
-        )
-        if not alike or (*mark.shape[:dim], *mark.shape[dim + 1 :]) != rest or mark.offset != at:
+        there = first._replace(offset=at, shape=_with(first.shape, dim, mark.shape[dim]))
+        if not mark.same_place(there):
             return False
         at += mark.shape[dim] * step
     return _covers(first, step, sum(mark.shape[dim] for mark in marks), whole)
 
 
-def _distance(marks: Sequence[Mark]) -> int:
-    """How far apart tensors lie that are all items along one dimension of one tensor; or 0."""
+def _with(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    return (*shape[:dim], size, *shape[dim + 1 :])
+
+
+def _are_items(marks: Sequence[Mark], whole: int) -> bool:
+    """Whether tensors are all items along a dimension of one that they don't have themselves."""
     first = marks[0]
     step = marks[1].offset - first.offset
-    for number, mark in enumerate(marks):
-        if not mark.same_place(first._replace(offset=first.offset + number * step)):
-            return 0
-    return step if _covers(first, step, len(marks), 0) else 0
+    places = (first._replace(offset=first.offset + i * step) for i in range(len(marks)))
+    evenly = all(map(Mark.same_place, marks, places))
+    return evenly and _covers(first, step, len(marks), whole)
 
 
 def _covers(first: Mark, step: int, count: int, whole: int) -> bool:
-    """Whether `count` items, `step` apart from `first` on, are all that there are."""
-    if step <= 0:
-        return False
+    """Whether `count` items, `step` apart from `first` on, are all that there are.
+
+    `whole` is how many those are, from the module's input, which goes before all: pictures that lie
+    behind each other look like windows of one sequence. Where it does not say (0), it is as many as
+    memory has, up to where the next wider stride begins.
+    """
+    if step <= 0 or whole:
+        return step > 0 and count == whole
     wider = [s for s, n in zip(first.strides, first.shape, strict=True) if n > 1 and s > step]
     there = min(wider, default=first.storage.nbytes() // first.itemsize) // step
-    return count == whole or (count == there and first.offset // step % there == 0)
+    return count == there and first.offset // step % there == 0
 
 
 def _attentions(readings: Sequence[Reading]) -> list[Attention]:
@@ -132,25 +135,24 @@ def _of_single_dimension(
     site: Site, batch: int, readings: Sequence[Reading], columns: Sequence[Sequence[Mark]]
 ) -> Reading | None:
     """Calls on `(n, N, d)`: slices of batch · heads, or items of a batch or heads, one by one."""
-    wanted = batch * (site.heads or 0)
-    slices = all(_are_slices(column, 0, wanted) for column in columns)
-    steps = [_distance(column) for column in columns]
-    if not slices and not all(steps):
-        return None
-    single = any(column[0].shape[0] == 1 for column in columns)
-    # Heads of one token lie closer together than items of a batch.
-    closer = {step < column[0].strides[0] for step, column in zip(steps, columns, strict=True)}
-    if not slices and not single and len(closer) > 1:
-        return None
+    heads = site.heads or 0
+    if all(_are_slices(column, 0, batch * heads) for column in columns):
 
-    def cat(tensors: Tensors) -> Tensor:
-        raw = [tensor.reshape(-1, *tensor.shape[2:]) for tensor in tensors]
-        if slices or single:
-            made = torch.cat(raw)
+        def cat(tensors: Tensors) -> Tensor:
+            made = torch.cat(_unfolded(tensors))
             return Fold.of((len(made),), site.heads, batch or None, site.traits.heads_at)(made)
-        return torch.stack(raw, int(True in closer))
 
-    return _combined(readings, cat)
+        return _combined(readings, cat)
+    first, second = columns[0][:2]
+    # Heads of one token lie closer together than items of a batch.
+    by_heads = second.offset - first.offset < first.strides[0] or first.shape[0] == batch != heads
+    if not all(_are_items(column, heads if by_heads else batch) for column in columns):
+        return None
+    return _combined(readings, lambda tensors: torch.stack(_unfolded(tensors), int(by_heads)))
+
+
+def _unfolded(tensors: Tensors) -> Tensors:
+    return [tensor.reshape(-1, *tensor.shape[2:]) for tensor in tensors]
 
 
 def _combined(

@@ -43,8 +43,7 @@ class Reading:
 
     `lead` and `marks` tell calls that are parts of one: leading dimensions before they were folded,
     and where the queries and keys (of weights: the values) lay. `scores` are, for weights, which
-    product they were made of, and whether it was turned round before. `second` is the other
-    direction, where one run of a module attends in both.
+    product they were made of, and whether it was turned round before.
     """
 
     attention: Attention | None
@@ -55,7 +54,6 @@ class Reading:
     lead: tuple[int, ...] = ()
     marks: tuple[Mark, ...] = ()
     scores: tuple[object, bool] | None = None
-    second: Reading | None = None
 
 
 @dataclass

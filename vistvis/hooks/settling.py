@@ -30,19 +30,23 @@ class SiteRun(NamedTuple):
     before: ProjectionTap | None = None
 
 
-def settle(run: SiteRun, source: str | None) -> tuple[Reading, Attention]:
-    """The one reading of a run of a site, and its attention; `CaptureError` if there is none.
+def settle(run: SiteRun, source: str | None) -> list[tuple[Reading, Attention]]:
+    """The readings of a run of a site, with their attention; `CaptureError` if there is none.
 
-    `source` takes only what was read so; None takes kernels before softmaxes.
+    One, or two where a module attends in both directions. `source` takes only what was read so;
+    None takes kernels before softmaxes.
     """
-    reading = _unpack_groups(_over_tokens(_one(run, source), run.sizes), run.site)
-    if reading.attention is None:
-        raise CaptureError(reading.error)
-    _check_whole(reading.attention, run.sizes, run.returned)
-    return reading, reading.attention
+    settled = []
+    for reading in _meant(run, source):
+        reading = _unpack_groups(_over_tokens(reading, run.sizes), run.site)
+        if reading.attention is None:
+            raise CaptureError(reading.error)
+        settled.append((reading, reading.attention))
+    _check_whole(settled[0][1], run.sizes, run.returned)
+    return settled
 
 
-def _one(run: SiteRun, source: str | None) -> Reading:
+def _meant(run: SiteRun, source: str | None) -> list[Reading]:
     site, readings, problems = run.site, run.notes.readings, run.notes.problems
     sources = {reading.source for reading in readings}
     only = source or ("kernel" if "kernel" in sources else None)
@@ -58,19 +62,19 @@ def _one(run: SiteRun, source: str | None) -> Reading:
     if not readings:
         raise CaptureError(why_unseen(site))
     if len(readings) == 1:
-        return readings[0]
+        return readings
     if site.traits.head_by_head and len(readings) == site.heads:
-        return join_heads(readings)
+        return [join_heads(readings)]
     if site.traits.two_calls and len(readings) == 2:
         raise CaptureError(site.traits.two_calls)
-    broken = next((reading for reading in readings if reading.error), None)
-    if broken is not None:
-        return broken
+    for reading in readings:
+        if reading.error:
+            return [reading]
     joined = join(site, run.sizes, readings)
     if joined is not None:
-        return joined
+        return [joined]
     if len(readings) == 2 and _are_both_directions(*readings):
-        return replace(readings[0], second=readings[1])
+        return readings
     raise CaptureError(
         f"made {len(readings)} attention kernel calls in one run, of {seen_text(readings)}; which "
         "is meant is not known: choose one of its submodules if each makes one call"
