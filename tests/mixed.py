@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from relatives import HEADS, PATCH, WIDTH, CrossAttention, PatchEmbed, plain_blocks
+from multiview import HEADS, PATCH, WIDTH, CrossAttention, PatchEmbed, plain_blocks
 from torch import Tensor, nn
 from zoo import VGGTAttention
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from relative_cases import CASES, Case, calm, captured, pictures
-from relatives import PATCH
+from multiview import PATCH
+from multiview_cases import CASES, Case, calm, captured, pictures
 
 from vistvis.attention import SiteInfo
 from vistvis.errors import IndexOutOfRange

@@ -7,19 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mixed import Levels, Qwen
-from relative_cases import (
-    CASES,
-    COLS,
-    FRAMES,
-    ROWS,
-    Case,
-    as_views,
-    calm,
-    captured,
-    pictures,
-    views,
-)
-from relatives import (
+from multiview import (
     PATCH,
     WIDTH,
     Croco,
@@ -32,6 +20,18 @@ from relatives import (
     Omega,
     Pi3,
     Stream,
+)
+from multiview_cases import (
+    CASES,
+    COLS,
+    FRAMES,
+    ROWS,
+    Case,
+    as_views,
+    calm,
+    captured,
+    pictures,
+    views,
 )
 from torch import nn
 from zoo import VGGTLike

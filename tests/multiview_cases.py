@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from mixed import Joint, Qwen
-from relatives import (
+from multiview import (
     PATCH,
     WIDTH,
     Croco,
