@@ -248,7 +248,8 @@ class Watch:
         return self._current("")
 
     def _finish(self, run: SiteRun) -> None:
-        self._finisher.finish(run, self._current(run.site.name))
+        with aside():  # what is computed here is not the model's
+            self._finisher.finish(run, self._current(run.site.name))
 
     def drain(self, into: Pass | None = None) -> None:
         """Read what compiled code noted, into a pass that is running or passes of their own."""
