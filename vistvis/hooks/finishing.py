@@ -70,7 +70,10 @@ class Finisher(threading.local):
         if run.before is not None:
             source, attention = "projection", run.before.attention(attention, rope=options.rope)
         self._results.sources[run.site.name] = source
-        return attention.with_site(self._info(run.site, attention, source, layout))
+        info = self._info(run.site, attention, source, layout)
+        if run.placing is not None:
+            info = run.placing.onto(info, attention.shape)
+        return attention.with_site(info)
 
     def _info(
         self, site: Site, attention: Attention, source: str, layout: TokenLayout | None

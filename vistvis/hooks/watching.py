@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vistvis.hooks.finishing import Cut, Finisher
 from vistvis.hooks.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
+from vistvis.hooks.order import Orders
 from vistvis.hooks.patching import Forward, Listener, attach, detach
 from vistvis.hooks.projections import ProjectionTap
 from vistvis.hooks.readings import Keeping, KernelReader, Notes
@@ -56,6 +57,7 @@ class Watch:
         self.events: list[Event] = []
         """What compiled code noted and nobody has read yet."""
         self._finisher = Finisher(options, results)
+        self._orders = Orders()
         self._undo: list[Callable[[], None]] = []
         try:
             self._attach()
@@ -76,6 +78,9 @@ class Watch:
         self._listen(self._model, self._root_listener())
         for name in _entries(self._model):
             self._listen(self._model, _eager(partial(self._run_pass, entry=True)), name)
+        # Last, so that the listeners above meet the modules' own forwards.
+        for owner, listener, name in self._orders.listeners(inner, list(self._sites.values())):
+            self._listen(owner, _eager(listener), name)
 
     def _listen(self, module: nn.Module, listener: Listener, method: str = "forward") -> None:
         # The undo comes first: an interrupt between the two leaves nothing behind.
@@ -155,7 +160,8 @@ class Watch:
         mine = state.current = Pass(self._layout_of(args, kwargs))
         state.depth += not entry
         try:
-            out = original(*args, **kwargs)
+            with self._orders.passing(mine.layout):
+                out = original(*args, **kwargs)
         except BaseException:
             results.fail()
             raise
@@ -214,7 +220,8 @@ class Watch:
         multihead = MultiheadReader(self._keeping)
         if multihead.can_run(original):
             out = multihead.run(original, args, kwargs)
-            self._finish(SiteRun(site, multihead.notes))
+            placing = self._orders.of(site, args, kwargs)
+            self._finish(SiteRun(site, multihead.notes, placing=placing))
             return out
         sizes = _sizes(args, kwargs)
         batch = sizes[0] if sizes else None
@@ -233,7 +240,8 @@ class Watch:
         finally:
             running.pop()
         returned = _sizes(out if isinstance(out, (tuple, list)) else (out,), {})
-        self._finish(SiteRun(site, multihead.notes, sizes, returned, before))
+        placing = self._orders.of(site, args, kwargs)
+        self._finish(SiteRun(site, multihead.notes, sizes, returned, before, placing))
         return out
 
     def _layout_of(self, args: Args, kwargs: Kwargs) -> TokenLayout | None:
