@@ -88,12 +88,10 @@ def _sums(codes: Tensor, members: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def merging_functions(module: nn.Module) -> Iterator[tuple[Any, str]]:
     """Where the code of an attention module looks up a merging function: namespace and name."""
     for cls in type(module).__mro__:
-        forward = vars(cls).get("forward")
-        if not isinstance(forward, FunctionType):
-            continue
-        namespace = sys.modules.get(forward.__module__)
-        if namespace is None or forward.__globals__ is not vars(namespace):
-            continue
-        for name in families.MERGES.intersection(forward.__code__.co_names):
-            if name in vars(namespace):
-                yield namespace, name
+        namespace = sys.modules.get(cls.__module__)
+        names = getattr(namespace, "__dict__", None)
+        for function in vars(cls).values():
+            if isinstance(function, FunctionType) and function.__globals__ is names:
+                for name in families.MERGES.intersection(function.__code__.co_names):
+                    if name in names:
+                        yield namespace, name
