@@ -349,6 +349,68 @@ def test_a_masked_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     check_goes_red(monkeypatch, model, x, layout)
 
 
+def test_a_smaller_picture_is_no_part_of_this_one() -> None:
+    model = Moving({0: keep([[0, 1]])}, grid(2, 2, 0), depth=1, given=True).eval()
+    captured = run(model, torch.randn(1, 1, 4, WIDTH), TokenLayout(1, (2, 2)))
+    assert captured["blocks.0.attn"].site.query_layout is None
+
+
+def test_registers_attend_alone_and_patches_bypass(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(7)
+
+    class Registers(Moving):
+        """Frames are swapped before the first block; the second gets the special tokens only."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            ids = torch.arange(8).view(1, 2, 4)
+            x = self.blocks[0](x.flatten(0, 1)).view(1, 2, 4, WIDTH).flip(1)
+            first = self.blocks[1](x[:, :, :2].flatten(1, 2)).view(1, 2, 2, WIDTH)
+            x = torch.cat((first, x[:, :, 2:]), 2)
+            self.truth = [ids.flatten(0, 1), ids.flip(1)[:, :, :2].flatten(1, 2)]
+            self.truth += [ids.flip(1).flatten(0, 1)]
+            return self.blocks[2](x.flatten(0, 1))
+
+    # As many special tokens in all as one frame has tokens: counting would take them for a frame.
+    model, layout = Registers({}, grid(1, 2, 2), depth=3).eval(), TokenLayout(2, (1, 2), 2)
+    x = torch.randn(1, 2, 4, WIDTH)
+    captured = check(model, x, layout)
+    assert captured["blocks.1.attn"].site.key_order == TokenOrder(torch.tensor([4, 5, 0, 1]))
+    assert captured["blocks.2.attn"].site.frame_order.tolist() == [[1, 0]]
+    check_goes_red(monkeypatch, model, x, layout)
+
+
+class Crossing(nn.Module):
+    """Cross attention with positions for each side, as in the CroCo family."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 1
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *pos: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].cross_attn = Crossing()
+
+    def forward(self, x: Tensor, y: Tensor, *pos: Tensor) -> Tensor:
+        return self.blocks[0].cross_attn(x, y, y, *pos)
+
+
+def test_each_side_of_cross_attention_has_its_own_order() -> None:
+    torch.manual_seed(8)
+    pos, order = grid(2, 2, 0)[None], torch.tensor([0, 2, 3, 1])
+    x, y, layout = torch.randn(1, 4, WIDTH), torch.randn(1, 4, WIDTH), TokenLayout(2, (2, 2))
+    with vistvis.capture(Pair(), layout=layout) as captured, torch.no_grad():
+        captured._model(x, y, pos, pos[:, order])
+    site = captured["blocks.0.cross_attn"].site
+    assert site.query_layout == site.key_layout == layout.frame_layout()
+    assert (site.query_order, site.key_order) == (None, TokenOrder(order))
+
+
 # -- merged tokens ------------------------------------------------------------------------------
 
 

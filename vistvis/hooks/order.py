@@ -39,7 +39,7 @@ class Orders(threading.local):
         self._layout: TokenLayout | None = None
         self._watching = False
         self._recent: list[tuple[Tensor, Tokens]] = []
-        self._running: list[tuple[Tensor, Tokens] | None] = []
+        self._running: list[tuple[Tensor, Tokens, Args]] = []
         self._places: dict[Any, tuple[Tensor, Tensor | None, bool]] = {}
         self._merge: Merge | None = None
 
@@ -76,14 +76,18 @@ class Orders(threading.local):
         if x is None or not self._watching:
             return None
         batch, count = x.shape[:2]
-        block = self._running[-1] if self._running else None
-        inside = block is not None and block[0].shape[:2] == x.shape[:2]
-        tokens = block[1] if block is not None and inside else self._fresh(x)
-        placed = self._seen(tokens, x, position_tensors(args, kwargs))
-        if inside:
-            self._running[-1] = (x, placed)
-        others = [y for y in args if _is_token_tensor(y) and y.shape[-1] == x.shape[-1]][1:]
+        positions = position_tensors(args, kwargs)
+        others = _others(x, args)
         crossing = site.kind == "cross" or (others and others[0] is not x)
+        block = self._running[-1] if self._running else None
+        if block is None or block[0].shape[:2] != x.shape[:2]:
+            placed = self._seen(self._fresh(x), x, positions)
+        else:
+            # What attention modules alone get holds for the rest of the block.
+            placed = self._seen(block[1], x, positions)
+            self._running[-1] = (block[0], placed, block[2])
+            if placed.ids is not None and _others(block[0], block[2]):
+                placed = replace(placed, ids=None, lost=True)  # which of them it got is not known
         keys = self._crossed(others, args, kwargs) if crossing else placed
         return Placing(batch, count, placed, keys, merge)
 
@@ -98,13 +102,12 @@ class Orders(threading.local):
         x = _token_tensor(args, kwargs) if self._watching else None
         if x is None:
             return original(*args, **kwargs)
-        self._running.append((x, self._entering(x, args, kwargs)))
+        self._running.append((x, self._entering(x, args, kwargs), args))
         try:
             out = original(*args, **kwargs)
         finally:
-            ran = self._running.pop()
-        if ran is not None:
-            self._remember(ran[1], x, out)
+            _, tokens, _ = self._running.pop()
+        self._remember(tokens, x, out)
         return out
 
     # -- following -------------------------------------------------------------------------------
@@ -124,7 +127,7 @@ class Orders(threading.local):
             return
         if y.shape[:2] != x.shape[:2]:
             tokens = Tokens(y.shape[0], y.shape[1], tokens.layout, lost=True)
-        self._recent = [(y, tokens), *self._recent][:_REMEMBERED]
+        self._recent = [(y.detach(), tokens), *self._recent][:_REMEMBERED]
 
     def _followed(self, x: Tensor) -> Tokens:
         """Tokens of one of the last outputs, found again in this input; else a new beginning."""
@@ -132,29 +135,23 @@ class Orders(threading.local):
         for before, tokens in self._recent:
             if total == tokens.samples * tokens.count and same_rows(before, x):
                 return replace(tokens, lost=tokens.lost or bool(tokens.problem), problem="")
-        fresh = self._fresh(x)
-        for before, tokens in self._recent:
-            if tokens.lost or tokens.problem or len(x) % tokens.samples:
-                continue
-            if total > tokens.samples * tokens.count:
-                continue
-            ids = tokens.numbers(x.device)
-            width, layout = x.shape[-1], tokens.layout
-            rows = [t.detach().reshape(tokens.samples, -1, width) for t in (before, x)]
-            # Frames can move whole where all of them are there.
-            frames = layout.frames if layout and ids.shape[1] % layout.frames == 0 else 1
-            found = sources(*rows, frames=frames, ids=ids)
+        known = [pair for pair in self._recent if not (pair[1].lost or pair[1].problem)]
+        for before, tokens in known:
+            found = _found(x, [before], [tokens])
             if found is not None:
-                ids = torch.where(found < 0, -1, ids.gather(1, found.clamp_min(0)))
-                return tokens.moved(ids)
-        if self._recent:
-            last = self._recent[0][1]
-            unclear = last.ids is not None or last.lost or bool(last.problem)
-            # All numbers are new (a norm, an added embedding): tokens stay, as they mostly do;
-            # where they had been moved, nothing says if they were put back.
-            if unclear and total == last.samples * last.count:
-                return replace(fresh, lost=True)
-        return fresh
+                return found
+        # Some by this block and some by the one before (registers that attended alone).
+        if len(known) > 1 and len({(t.samples, t.layout) for _, t in known}) == 1:
+            found = _found(x, [before for before, _ in known], [tokens for _, tokens in known])
+            if found is not None:
+                return found
+        fresh = self._fresh(x)
+        # All numbers are new (a norm, an added embedding): tokens stay, as they mostly do; where
+        # they had been moved, nothing says if they were put back. A part of them in their order
+        # was no move: this is another beginning.
+        if not self._recent or not _unclear(self._recent[0][1], total):
+            return fresh
+        return replace(fresh, lost=True)
 
     def _fresh(self, x: Tensor) -> Tokens:
         """Tokens in the order of the layout, where their number fits it."""
@@ -188,10 +185,10 @@ class Orders(threading.local):
         assert layout is not None
         each = layout.tokens_per_frame
         if count < each:
-            if tokens.ids is not None or layout.frames > 1:
+            within = places(pos, layout) if tokens.ids is None else None
+            if within is None:
                 return tokens
-            within = places(pos, layout)
-            return tokens if within is None else Tokens(batch, count, layout, within)
+            return Tokens(batch, count, layout.frame_layout(), within)
         if count not in (each, layout.num_tokens):
             return tokens
         # All blocks of a pass get the same positions, and looking costs.
@@ -239,10 +236,44 @@ def _placed(tokens: Tokens, within: Tensor) -> Tokens:
     return tokens.moved(ids)
 
 
+def _found(x: Tensor, before: Sequence[Tensor], known: Sequence[Tokens]) -> Tokens | None:
+    """The tokens of `x`, as far as they are rows of these outputs; None if most are new."""
+    first, layout = known[0], known[0].layout
+    total, samples, width = x.shape[0] * x.shape[1], first.samples, x.shape[-1]
+    if len(x) % samples or total > sum(tokens.count for tokens in known) * samples:
+        return None
+    if any(
+        one.shape[-1] != width or one.dtype != x.dtype or one.device != x.device for one in before
+    ):
+        return None
+    rows = torch.cat([one.reshape(samples, -1, width) for one in before], 1)
+    ids = torch.cat([tokens.numbers(x.device) for tokens in known], 1)
+    # Frames can move whole where all of them are there.
+    frames = layout.frames if layout and ids.shape[1] % layout.frames == 0 else 1
+    found = sources(rows, x.detach().reshape(samples, -1, width), frames=frames, ids=ids)
+    if found is None:
+        return None
+    return first.moved(torch.where(found < 0, -1, ids.gather(1, found.clamp_min(0))))
+
+
+def _unclear(tokens: Tokens, total: int) -> bool:
+    """Whether tokens were moved, so that nothing is known of `total` others after them."""
+    ids = tokens.ids
+    if ids is None:
+        return tokens.lost or bool(tokens.problem)
+    return total == ids.numel() or bool((ids[:, 1:] < ids[:, :-1]).any())
+
+
 def _is_token_tensor(value: Any) -> bool:
     if not isinstance(value, Tensor) or value.is_nested or value.ndim != 3:
         return False
     return value.is_floating_point() and value.device.type != "meta"
+
+
+def _others(x: Tensor, args: Args) -> list[Tensor]:
+    """Token tensors beside `x` among the arguments, of its width."""
+    tensors = [value for value in args if _is_token_tensor(value)]
+    return [value for value in tensors[1:] if value.shape[-1] == x.shape[-1]]
 
 
 def _token_tensor(args: Sequence[Any], kwargs: Kwargs) -> Tensor | None:

@@ -30,8 +30,9 @@ def _is_positions(value: Any) -> bool:
 def places(pos: Tensor, layout: TokenLayout) -> Tensor | None:
     """Which token of its frame each token is, `(R, n)`, for positions `(R, n, 2)` of a frame each.
 
-    None where positions say nothing: patches all at one place, or of a part of the frame whose
-    special tokens can't be told. `CaptureError` if they contradict the layout.
+    None where positions say nothing: patches all at one place, or of a part of the frame that may
+    be a smaller picture, or whose special tokens can't be told. `CaptureError` if they contradict
+    the layout.
 
     Special tokens lie at (0, 0) and patches from (1, 1); without special tokens in front, or with
     those at (−1, −1), patches start at (0, 0).
@@ -61,6 +62,9 @@ def places(pos: Tensor, layout: TokenLayout) -> Tensor | None:
     marks = torch.where(special, -1 - nth, cells).sort(1).values
     if bool((marks[:, 1:] == marks[:, :-1]).any() or (marks == count).any()):
         _contradict(pos, layout)
+    last = torch.where(special[..., None], origin, pos).amax(1) - origin + 1
+    if bool((last.prod(-1) == (~special).sum(1)).all()):
+        return None  # all cells from the first to the last: a smaller picture, not a part of this
     nth = torch.where(nth < start, nth, nth + count)
     return torch.where(special, nth, start + cells)
 
