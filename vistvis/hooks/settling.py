@@ -13,6 +13,7 @@ from vistvis.attention import Attention
 from vistvis.errors import CaptureError
 from vistvis.hooks.folding import UnreadableError
 from vistvis.hooks.joining import join, join_heads, seen_text
+from vistvis.hooks.origins import Placing
 from vistvis.hooks.projections import ProjectionTap
 from vistvis.hooks.readings import Notes, Reading
 from vistvis.hooks.reasons import why_unseen
@@ -21,13 +22,14 @@ from vistvis.models.sites import Site
 
 class SiteRun(NamedTuple):
     """One run of a site: what it showed, the shapes of what it got and returned where those tell
-    something, and its projections where those were asked for."""
+    something, its projections where those were asked for, and whose tokens it got."""
 
     site: Site
     notes: Notes
     sizes: tuple[int, ...] = ()
     returned: tuple[int, ...] = ()
     before: ProjectionTap | None = None
+    placing: Placing | None = None
 
 
 def settle(run: SiteRun, source: str | None) -> list[tuple[Reading, Attention]]:

@@ -23,6 +23,7 @@ from vistvis.hooks.multihead import (
     encoder_layers,
     fused_modules,
 )
+from vistvis.hooks.order import Orders
 from vistvis.hooks.patching import Forward, Listener, attach, detach
 from vistvis.hooks.projections import ProjectionTap
 from vistvis.hooks.readings import Keeping, KernelReader, Notes
@@ -71,6 +72,7 @@ class Watch:
         self._outside = Outside(
             model, every, sites, options, results, self._keeping, finish=self._finish
         )
+        self._orders = Orders()
         self._undo: list[Callable[[], None]] = []
         try:
             self._attach()
@@ -96,6 +98,9 @@ class Watch:
         self._listen(self._model, self._root_listener())
         for name in _entries(self._model):
             self._listen(self._model, _eager(partial(self._run_pass, entry=True)), name)
+        # Last, so that the listeners above meet the modules' own forwards.
+        for owner, listener, name in self._orders.listeners(inner, list(self._sites.values())):
+            self._listen(owner, _eager(listener), name)
 
     def _listen(
         self,
@@ -211,7 +216,8 @@ class Watch:
         mine = state.current = Pass(self._layout_of(args, kwargs))
         state.depth += not entry
         try:
-            with (state.account if outer is None else None) or nullcontext():
+            account = (state.account if outer is None else None) or nullcontext()
+            with self._orders.passing(mine.layout), account:
                 out = original(*args, **kwargs)
         except BaseException:
             results.fail()
@@ -280,7 +286,8 @@ class Watch:
         multihead = MultiheadReader(self._keeping)
         if multihead.can_run(original):
             out = multihead.run(original, args, kwargs)
-            self._finish(SiteRun(site, multihead.notes))
+            placing = self._orders.of(site, args, kwargs)
+            self._finish(SiteRun(site, multihead.notes, placing=placing))
             return out
         sizes = _sizes(args, kwargs)
         batch = sizes[0] if sizes else None
@@ -299,7 +306,8 @@ class Watch:
         finally:
             running.pop()
         returned = _sizes(out if isinstance(out, (tuple, list)) else (out,), {})
-        self._finish(SiteRun(site, multihead.notes, sizes, returned, before))
+        placing = self._orders.of(site, args, kwargs)
+        self._finish(SiteRun(site, multihead.notes, sizes, returned, before, placing))
         return out
 
     def _layout_of(self, args: Args, kwargs: Kwargs) -> TokenLayout | None:

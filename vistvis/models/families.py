@@ -47,6 +47,8 @@ KERNELS = frozenset({"scaled_dot_product_attention"})
 DISPATCHERS = frozenset({"ALL_ATTENTION_FUNCTIONS", "attention_interface", "dispatch_attention_fn"})
 MULTIHEAD = frozenset({"multi_head_attention_forward"})
 SOFTMAX = frozenset({"softmax", "Softmax", "softmax_fp32", "_softmax"})
+# What merges tokens inside an attention module: gives two functions, to merge and to undo it.
+MERGES = frozenset({"token_merge_bipartite2d"})
 # Kernels that hand nothing to torch functions; whether one runs is decided when the model runs.
 UNREADABLE = {
     "memory_efficient_attention": "xformers",
