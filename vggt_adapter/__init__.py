@@ -41,7 +41,7 @@ _LAZY = {
 _HOME = {name: f"{__name__}.{module}" for module, names in _LAZY.items() for name in names}
 
 # `from vggt_adapter import *` loads them all, and with the figures matplotlib.
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

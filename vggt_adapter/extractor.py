@@ -7,7 +7,7 @@ A thin naming layer over `vistvis.capture`: it finds the blocks, names them `fra
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn

@@ -129,8 +129,7 @@ def sides_of(attention: Attention, size: tuple[int, int, int, int], query: Query
         one, some = layout.tokens_per_frame, attention.shape[-1]
         raise InputError(
             f"attention_type={asked!r}, but {name_of(attention)} is {kind} attention: {some} keys, "
-            f"with {one} tokens in a frame. Pass attention_type={kind!r}, or the weights of {asked} "
-            "attention"
+            f"with {one} tokens in a frame. Pass attention_type={kind!r}, or other weights"
         )
     sides = Sides(kind, layout, query_layout, key_layout)
     _check_counts(attention, sides)
@@ -179,10 +178,10 @@ def _layouts_of_site(
             f"patch_size={patch}, but {name} has patches of {layout.patch_size}; leave patch_size "
             "out"
         )
-    for side in (layout, site.query_layout):
-        if side.image_size != (height, width):
+    for seen in (layout.image_size, site.query_layout.image_size):
+        if seen != (height, width):
             raise InputError(
-                f"{name} saw pictures of {_size(*side.image_size)}, the images are "
+                f"{name} saw pictures of {_size(*seen)}, the images are "
                 f"{_size(height, width)}; pass the images that the model got"
             )
     return site.query_layout, layout
