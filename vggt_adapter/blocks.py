@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
@@ -12,6 +11,7 @@ from torch import nn
 
 from vistvis.errors import InputError, SiteError
 from vistvis.models.families import blocks_of
+from vistvis.models.sites import find_sites
 
 TYPES = ("frame", "global", "register", "cross")
 
@@ -40,9 +40,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
     Where two have one kind and number, the first has the plain name, and those after it that of the
     first part of their path which differs: `cross_block_0` and `cross_block_0_dec_blocks2`.
-    `SiteError` for a model of no known family; it says how to capture it all the same.
+    `SiteError` for a model of no known family, which says how to capture it all the same, and where
+    a block has not exactly one attention module.
     """
-    found = [(path, kind, number) for path, kind, number in blocks_of(model) if kind in TYPES]
+    found = blocks_of(model)
     if not found:
         children = ", ".join(name for name, _ in model.named_children()) or "no submodules"
         raise SiteError(
@@ -52,15 +53,40 @@ def find_blocks(model: nn.Module) -> list[Block]:
             "patches, the special tokens of a picture and the patch size in pixels; "
             "vistvis.trace_layout(model, images) measures them"
         )
+    sites = find_sites(model).names
     first: dict[tuple[str, int], str] = {}
     blocks = []
-    for path, kind, number in sorted(found, key=lambda block: _place_in_list(block[0])):
-        name, plain = f"{kind}_block_{number}", first.setdefault((kind, number), path)
-        if plain != path:
-            parts = zip(path.split("."), plain.split("."), strict=False)
+    for block, kind, number in found:
+        inside = [name for name in sites if f"{name}.".startswith(f"{block}.")]
+        if len(inside) != 1:
+            raise SiteError(
+                f"{kind} block {number} ({block}) has one attention module, here {len(inside)} "
+                f"({', '.join(inside) or 'none found'}); use vistvis.capture"
+            )
+        name, plain = f"{kind}_block_{number}", first.setdefault((kind, number), block)
+        if plain != block:
+            parts = zip(block.split("."), plain.split("."), strict=False)
             name += "_" + next(mine for mine, other in parts if mine != other)
-        blocks.append(Block(path, kind, number, name))
+        blocks.append(Block(inside[0], kind, number, name))
     return blocks
+
+
+def pair_of(blocks: Sequence[Block], index: int) -> tuple[Block, Block]:
+    """The global block of a number, and the last frame block up to that number.
+
+    That is the one of the same number, but for models that number all blocks in one row (Depth
+    Anything 3: 8 and 9). `InputError` if the model has no such global block, or no frame blocks.
+    """
+    missing = {"frame", "global"} - {block.kind for block in blocks}
+    if missing:
+        kinds = dict.fromkeys(block.kind for block in blocks)
+        raise InputError(
+            f"this model has no {' and no '.join(sorted(missing))} blocks, only "
+            f"{' and '.join(kinds)} blocks; take those with AttentionExtractor"
+        )
+    together = chosen_blocks(blocks, index, "global")[0]
+    before = [b for b in blocks if b.kind == "frame" and b.number <= together.number]
+    return max(before, key=lambda block: block.number), together
 
 
 def chosen_blocks(
@@ -109,11 +135,7 @@ def _text(numbers: dict[str, list[int]], kinds: Sequence[str]) -> str:
         of_kind = numbers[kind]
         gapless = of_kind == list(range(len(of_kind)))
         texts[kind] = f"0…{of_kind[-1]}" if gapless else ", ".join(map(str, of_kind))
-    if len(set(texts.values())) == 1:
+    if len(kinds) > 1 and len(set(texts.values())) == 1:
         return f"blocks {texts[kinds[0]]} of each kind"
     return "; ".join(f"{kind} blocks {text}" for kind, text in texts.items())
 
-
-def _place_in_list(path: str) -> int:
-    """Blocks of one place in their lists run together: frame 3, then global 3."""
-    return int(re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)[-1])

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vggt_adapter.blocks import chosen_blocks, find_blocks, watched_part
-from vggt_adapter.inputs import ATTENTION_TYPES, images_shape
+from vggt_adapter.blocks import Block, chosen_blocks, find_blocks, pair_of, watched_part
+from vggt_adapter.inputs import images_shape
 from vistvis.attention import Attention
-from vistvis.errors import CaptureError, InputError
+from vistvis.errors import CaptureError
 from vistvis.hooks.capture import Capture, capture
 from vistvis.hooks.results import Sink
 
@@ -99,19 +99,14 @@ class AttentionExtractor:
         of Q and K, `2 · B·S·P·C` numbers a block.
         """
         chosen = chosen_blocks(self.blocks, block_indices, attention_types)
-        names = {block.path: block.name for block in chosen}
+        self._watch(chosen, dense, rope=rope, accumulate=accumulate, keep=keep, sink=sink)
+        return self
+
+    def _watch(self, blocks: Sequence[Block], dense: bool, **options: Any) -> None:
+        names = {block.path: block.name for block in blocks}
         self.clear_hooks()
         self._dense = dense
-        self._capture = capture(
-            self.watched,
-            list(names),
-            rope=rope,
-            accumulate=accumulate,
-            keep=keep,
-            sink=sink,
-            names=names,
-        )
-        return self
+        self._capture = capture(self.watched, list(names), names=names, **options)
 
     @property
     def captured(self) -> Capture:
@@ -178,7 +173,8 @@ def extract_both_attentions(
         [0, 1]; Pi3 and Depth Anything 3 take the second form only); or a list of views, for models
         that take such.
     block_idx
-        The pair of blocks; negative from the end.
+        The pair of blocks; negative from the end. Where a model numbers all blocks in one row
+        (Depth Anything 3), the global one; the frame one is then the last before it.
     dense, rope, keep
         As for `AttentionExtractor.register_hooks`.
 
@@ -194,24 +190,16 @@ def extract_both_attentions(
     if isinstance(images, Tensor):
         images_shape(images)
     with AttentionExtractor(model) as extractor:
-        missing = [kind for kind in ATTENTION_TYPES if kind not in extractor.attention_types]
-        if missing:
-            raise InputError(
-                f"{type(model).__name__} has no {' and no '.join(missing)} blocks, only "
-                f"{' and '.join(extractor.attention_types)}; take those with AttentionExtractor"
-            )
-        pair = chosen_blocks(extractor.blocks, block_idx, ATTENTION_TYPES)
-        extractor.register_hooks(block_idx, ATTENTION_TYPES, rope=rope, keep=keep, dense=dense)
+        frame, together = pair_of(extractor.blocks, block_idx)
+        extractor._watch((frame, together), dense, rope=rope, keep=keep)
         with torch.no_grad():
             model(images)
-        maps, captured = extractor.get_attention_maps(), extractor.captured
-    frame, together = (next(b.name for b in pair if b.kind == kind) for kind in ATTENTION_TYPES)
-    site = captured[frame].site
+        maps, site = extractor.get_attention_maps(), extractor.captured[frame.name].site
     layout = site.key_layout if site else None
     return {
-        "frame_attention": maps[frame],
-        "global_attention": maps[together],
-        "block_idx": pair[0].number,
+        "frame_attention": maps[frame.name],
+        "global_attention": maps[together.name],
+        "block_idx": together.number,
         "patch_start_idx": layout.patch_start_idx if layout else None,
     }
 
