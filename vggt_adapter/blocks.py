@@ -138,4 +138,3 @@ def _text(numbers: dict[str, list[int]], kinds: Sequence[str]) -> str:
     if len(kinds) > 1 and len(set(texts.values())) == 1:
         return f"blocks {texts[kinds[0]]} of each kind"
     return "; ".join(f"{kind} blocks {text}" for kind, text in texts.items())
-
