@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.patches import Circle, Rectangle
-from relatives import (
+from litmodels import (
     COLS,
     PATCH,
     ROWS,
