@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vistvis.models.family import Family, Role
+from vistvis.models.mixed import MIXED
 from vistvis.models.multiview import MULTIVIEW
 
 # -- names ---------------------------------------------------------------------------------------
@@ -32,7 +33,15 @@ ATTENTION_CLASS = re.compile(r"att(n|ention|end)|mhsa|msa\b|mixer", re.IGNORECAS
 WINDOW_SIZES = ("window_size", "partition_size")
 CUTS_FOR_ITSELF = "ShiftedWindowAttention"  # torchvision's: cuts and attends in one module
 # Ways into a model besides `forward`; a call of one is a pass of its own.
-ENTRIES = ("forward_", "encode_", "get_image_", "get_text_", "get_intermediate_", "extract_")
+ENTRIES = (
+    "forward_",
+    "encode_",
+    "get_image_",
+    "get_text_",
+    "get_intermediate_",
+    "extract_",
+    "infer",
+)
 
 KERNELS = frozenset({"scaled_dot_product_attention"})
 DISPATCHERS = frozenset({"ALL_ATTENTION_FUNCTIONS", "attention_interface"})
@@ -127,7 +136,7 @@ def module_traits(module: nn.Module) -> ModuleTraits:
 # -- families ------------------------------------------------------------------------------------
 
 # Tried in order: the first that knows a module is its family.
-FAMILIES: tuple[Family, ...] = (*MULTIVIEW,)
+FAMILIES: tuple[Family, ...] = (*MULTIVIEW, *MIXED)
 _DEPTH = 6  # how far inside a model its families are looked for
 
 

@@ -34,9 +34,11 @@ class Inputs:
         return self.args[place] if place is not None and place < len(self.args) else None
 
     def pictures(self) -> Tensor | None:
-        """The first tensor of pictures, `(n, C, H, W)` or `(B, S, C, H, W)`."""
+        """The first tensor of pictures, `(n, C, H, W)` or `(B, S, C, H, W)`; with C = 3 before
+        others of so many dimensions (intrinsics, latents)."""
         values = (*self.args, *self.kwargs.values())
-        return next((x for x in values if isinstance(x, Tensor) and x.ndim in (4, 5)), None)
+        found = [x for x in values if isinstance(x, Tensor) and x.ndim in (4, 5)]
+        return next((x for x in found if x.shape[-3] == 3), found[0] if found else None)
 
     def views(self) -> list[Any]:
         """Pictures given one by one: dicts with `img`, or tensors, in lists or as arguments."""

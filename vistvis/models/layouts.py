@@ -45,8 +45,11 @@ def layout_from_model(model: nn.Module, images: Tensor | Sequence[Any]) -> Token
         images = images[None]
     layout = layout_of_inputs(model, (images,), {})
     if layout is None:
+        inner = getattr(model, "_orig_mod", model)
+        known = [family.name for _, family in parts_of(inner).values()]
+        what = f"these pictures in a model of {known[0]}'s kind" if known else type(inner).__name__
         raise LayoutError(
-            f"the token layout of {type(getattr(model, '_orig_mod', model)).__name__} is not "
-            "known; give one: TokenLayout(frames, (rows, cols), special=(…), patch_size=…)"
+            f"the token layout of {what} is not known; give one: "
+            "TokenLayout(frames, (rows, cols), special=(…), patch_size=…)"
         )
     return layout

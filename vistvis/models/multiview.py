@@ -7,7 +7,7 @@ how many tokens it gets, since a frame block, a register block and an encoder ca
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -41,10 +41,10 @@ def _role(kind: str, block: int) -> Role:
     return Role(kind, block, PLACES[kind])
 
 
-def _encoder(path: str, encoder: Any, *, batch_major: bool = True) -> Blocks:
+def _encoder(path: str, encoder: Any, views: Literal["b s", "s b"] = "b s") -> Blocks:
     """A ViT in front, which sees single pictures with special tokens of its own."""
     if getattr(encoder, "blocks", None) is not None:
-        place = one_picture(special_tokens(encoder), patch_of(encoder), batch_major=batch_major)
+        place = one_picture(special_tokens(encoder), patch_of(encoder), views=views)
         yield path, Role(place=place)
 
 
@@ -62,13 +62,12 @@ def _layout(
 
 def _vggt_blocks(model: Any) -> Blocks:
     yield from _encoder("patch_embed", getattr(model, "patch_embed", None))
-    cached = any(map(_caches, model.global_blocks[:1]))
-    every = Role("global", place=cached_frames if cached else all_frames)
+    every = cached_frames if any(map(_caches, model.global_blocks[:1])) else all_frames
     for block in range(max(len(model.frame_blocks), len(model.global_blocks))):
         if block < len(model.frame_blocks):
             yield f"frame_blocks.{block}", _role("frame", block)
         if block < len(model.global_blocks):
-            yield f"global_blocks.{block}", Role("global", block, every.place)
+            yield f"global_blocks.{block}", Role("global", block, every)
 
 
 def _caches(block: Any) -> bool:
@@ -167,7 +166,7 @@ def _sharing_blocks(model: Any) -> Blocks:
 def _map_anything_blocks(model: Any) -> Blocks:
     vit = getattr(model.encoder, "model", model.encoder)
     path = "encoder.model" if vit is not model.encoder else "encoder"
-    yield from _encoder(path, vit, batch_major=False)
+    yield from _encoder(path, vit, "s b")
     for name, role in _sharing_blocks(model.info_sharing):
         yield f"info_sharing.{name}", role
 
@@ -193,7 +192,9 @@ def _map_anything_layout(model: Any, inputs: Inputs) -> TokenLayout | None:
 
 def _croco_blocks(model: Any) -> Blocks:
     """Decoder blocks: `attn` of one picture, `cross_attn` from it to the other one."""
-    yield "enc_blocks", Role("self", place=one_picture((), patch_of(model), batch_major=False))
+    # CroCo's runs once for each picture, the others' for both together.
+    views: Literal["s b"] | None = "s b" if hasattr(model, "dec_blocks2") else None
+    yield "enc_blocks", Role("self", place=one_picture((), patch_of(model), views=views))
     for block in range(len(model.dec_blocks)):
         for view, name in enumerate(("dec_blocks", "dec_blocks2")):
             if hasattr(model, name):
@@ -223,11 +224,11 @@ def _transposed(model: Any, inputs: Inputs) -> bool:
 def _cut3r_blocks(model: Any) -> Blocks:
     """Image blocks see one view and the state, state blocks the state and one view.
 
-    A view a run: which one only the number of the run tells.
+    A view a run: which one only the number of the run tells. Masked views are not encoded.
     """
     patch = patch_of(model)
-    image = one_picture(_cut3r_special(model), patch, batch_major=False)
-    yield "enc_blocks", Role("self", place=one_picture((), patch, batch_major=False))
+    image = one_picture(_cut3r_special(model), patch, views=None)
+    yield "enc_blocks", Role("self", place=one_picture((), patch, views=None))
     for block in range(len(model.dec_blocks)):
         crossing = f"dec_blocks_state.{block}.cross_attn"
         yield crossing, Role("cross", block, one_side("key", image))
@@ -268,7 +269,12 @@ MULTIVIEW = (
     Family(
         "MapAnything", has("info_sharing", "encoder"), _map_anything_blocks, _map_anything_layout
     ),
-    Family("UniCeption", has("self_attention_blocks"), _sharing_blocks, _no_layout),
+    Family(
+        "UniCeption",
+        has("self_attention_blocks", "distinguish_ref_and_non_ref_views"),
+        _sharing_blocks,
+        _no_layout,
+    ),
     Family("UniCeption", has("multi_view_branches"), _sharing_blocks, _no_layout),
     Family(
         "CUT3R", has("enc_blocks", "dec_blocks", "dec_blocks_state"), _cut3r_blocks, _cut3r_layout

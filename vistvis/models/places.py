@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -111,13 +111,17 @@ def _chosen(layout: TokenLayout, sizes: Sizes, queries: Tensor, keys: Tensor) ->
 
 
 def one_picture(
-    special: Sequence[str] | None, patch: tuple[int, int] | None, *, batch_major: bool = True
+    special: Sequence[str] | None,
+    patch: tuple[int, int] | None,
+    *,
+    views: Literal["b s", "s b"] | None = "b s",
 ) -> Place:
     """A submodule with tokens of its own: pictures in the batch, `special` before the patches.
 
-    Frames are told where they are batch-major, or where there is one scene; `special` None: its
-    special tokens are not known. With another patch size than the whole model's, or none, nothing
-    is said.
+    `views` is the order of scenes and frames in the batch: which picture is which frame is said for
+    "b s", for "s b" only where there is one scene, and for None (one of them at a time) never.
+    `special` None: its special tokens are not known. With another patch size than the whole
+    model's, or none, nothing is said.
     """
 
     def place(layout: TokenLayout, sizes: Sizes) -> Placement:
@@ -125,8 +129,8 @@ def one_picture(
             return UNKNOWN
         own = TokenLayout(layout.frames, layout.grid, tuple(special), patch)
         placed = one_frame(own, sizes)
-        told = placed.frames_in_batch and (batch_major or sizes.batch == own.frames)
-        return replace(placed, frames_in_batch=told)
+        told = views == "b s" or (views == "s b" and sizes.batch == own.frames)
+        return replace(placed, frames_in_batch=placed.frames_in_batch and told)
 
     return place
 
