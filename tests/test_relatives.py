@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.patches import Circle, Rectangle
 from litmodels import (
     COLS,
     PATCH,
@@ -26,6 +27,7 @@ from litmodels import (
     order_of,
     scene,
 )
+from matplotlib.patches import Circle, Rectangle
 from torch import Tensor, nn
 
 import vistvis
@@ -240,6 +242,21 @@ def test_a_cache_has_keys_of_earlier_frames() -> None:
     assert wrong_marks(both["global_attention"]["attn_weights"], images, lit) == []
 
 
+def test_blocks_of_a_second_network_name_it() -> None:
+    """Depth Anything 3, nested: the second network's block 3 is no frame block of the first."""
+    model, (images, _) = nn.Module(), scene(3)
+    model.da3, model.da3_metric = DepthLike(0), DepthLike(0)
+    model.da3_metric.backbone.pretrained.alt_start = -1
+    model.forward = lambda x: (model.da3(x), model.da3_metric(x))  # type: ignore[method-assign]
+    blocks = AttentionExtractor(model).blocks
+    assert [block.name for block in blocks] == [
+        *("frame_block_0", "frame_block_1", "frame_block_2", "global_block_3"),
+        *(f"frame_block_{number}_da3_metric" for number in range(4)),
+    ]
+    both = extract_both_attentions(model, images[None], block_idx=3)
+    assert both["frame_attention"]["attn_weights"].site.name == "frame_block_2"
+
+
 # -- orders in general ---------------------------------------------------------------------------
 
 
@@ -412,7 +429,7 @@ def test_the_aggregator_alone_is_a_pass_of_the_whole_model_too() -> None:
     assert wrong_marks(captured["global_block_0"], images, lit) == []
 
 
-# -- names ---------------------------------------------------------------------------------------
+# -- names and pages -----------------------------------------------------------------------------
 
 
 def test_import_star() -> None:
@@ -426,3 +443,19 @@ def test_import_star() -> None:
         "assert 'timm' not in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
+def test_the_guide_is_python_and_uses_names_that_exist() -> None:
+    page = (Path(__file__).parents[1] / "docs/relatives.md").read_text(encoding="utf-8")
+    codes = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(codes) > 10
+    names = set()
+    for code in codes:
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module in ("vistvis", "vggt_adapter"):
+                names |= {(node.module, one.name) for one in node.names}
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                names |= {("vistvis", node.attr)} if node.value.id == "vistvis" else set()
+    assert names >= {("vistvis", "capture"), ("vggt_adapter", "AttentionExtractor")}
+    for module, name in names:
+        assert hasattr(sys.modules[module], name), f"{module}.{name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
@@ -38,8 +39,9 @@ def watched_part(model: nn.Module) -> nn.Module:
 def find_blocks(model: nn.Module) -> list[Block]:
     """The blocks of a model of a known family, in the order in which they run.
 
-    Where two have one kind and number, the first has the plain name, and those after it that of the
-    first part of their path which differs: `cross_block_0` and `cross_block_0_dec_blocks2`.
+    Of a kind that fills several lists, the blocks of the first have plain names, and those of the
+    others add the first part of their path which differs: `cross_block_0` and
+    `cross_block_0_dec_blocks2`.
     `SiteError` for a model of no known family, which says how to capture it all the same, and where
     a block has not exactly one attention module.
     """
@@ -54,7 +56,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
             "vistvis.trace_layout(model, images) measures them"
         )
     sites = find_sites(model).names
-    first: dict[tuple[str, int], str] = {}
+    first: dict[str, str] = {}
     blocks = []
     for block, kind, number in found:
         inside = [name for name in sites if f"{name}.".startswith(f"{block}.")]
@@ -63,9 +65,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
                 f"{kind} block {number} ({block}) has one attention module, here {len(inside)} "
                 f"({', '.join(inside) or 'none found'}); use vistvis.capture"
             )
-        name, plain = f"{kind}_block_{number}", first.setdefault((kind, number), block)
-        if plain != block:
-            parts = zip(block.split("."), plain.split("."), strict=False)
+        name, own = f"{kind}_block_{number}", _list_of(block)
+        plain = first.setdefault(kind, own)
+        if own != plain:
+            parts = zip(own.split("."), plain.split("."), strict=False)
             name += "_" + next(mine for mine, other in parts if mine != other)
         blocks.append(Block(inside[0], kind, number, name))
     return blocks
@@ -85,8 +88,9 @@ def pair_of(blocks: Sequence[Block], index: int) -> tuple[Block, Block]:
             f"{' and '.join(kinds)} blocks; take those with AttentionExtractor"
         )
     together = chosen_blocks(blocks, index, "global")[0]
-    before = [b for b in blocks if b.kind == "frame" and b.number <= together.number]
-    return max(before, key=lambda block: block.number), together
+    # Of the list that has the plain names: of two networks, the one that has global blocks.
+    frames = {b.number: b for b in blocks if b.name == f"frame_block_{b.number}"}
+    return frames[max(number for number in frames if number <= together.number)], together
 
 
 def chosen_blocks(
@@ -121,6 +125,11 @@ def chosen_blocks(
     if not chosen:
         raise InputError(f"this model has {_text(numbers, kinds)}, got none")
     return [block for block in blocks if (block.kind, block.number) in chosen]
+
+
+def _list_of(block: str) -> str:
+    """The dotted name of the list that a block lies in: what stands before its last number."""
+    return ".".join(re.split(r"\.(?=\d+(?:\.|$))", block)[:-1])
 
 
 def _number(numbers: Sequence[int], index: int) -> int | None:

@@ -26,9 +26,8 @@ class AttentionExtractor:
     Works on `vggt_adapter.VGGT`, on the official `VGGT` (whole, or its aggregator), and on every
     multi-view family that `vistvis.models.families` knows: VGGT-Ω, StreamVGGT, FastVGGT, Pi3, Depth
     Anything 3, MapAnything, DUSt3R, … A block is named by its kind and its number within the kind:
-    `frame_block_3`, `global_block_3`, `register_block_2`, `cross_block_0`. Where a model has two
-    of one kind and number, as the two decoders of DUSt3R, the second also names its list:
-    `cross_block_0_dec_blocks2`.
+    `frame_block_3`, `global_block_3`, `register_block_2`, `cross_block_0`. Where a kind fills two
+    lists, as the two decoders of DUSt3R, those of the second name it: `cross_block_0_dec_blocks2`.
 
     >>> extractor = AttentionExtractor(model)
     >>> extractor.register_hooks(block_indices=[0, 12, 23])
