@@ -32,9 +32,10 @@ def scene(frames: int, *, seed: int = 0) -> tuple[Tensor, list[list[int]]]:
 
 
 def embed(images: Tensor) -> Tensor:
-    """`(…, 3, H, W)` as tokens `(…, rows · cols, 4)`."""
+    """`(…, 3, H, W)` as tokens `(…, rows · cols, 4)`: their colour, and a little of their own."""
     colours = F.avg_pool2d(images.flatten(0, -4), PATCH).flatten(2).transpose(1, 2)
-    return F.pad(colours, (0, WIDTH - 3)).unflatten(0, images.shape[:-3])
+    own = torch.linspace(0, 0.1, colours.shape[:2].numel()).view(*colours.shape[:2], 1)
+    return torch.cat((colours, own), 2).unflatten(0, images.shape[:-3])
 
 
 class Attention(nn.Module):
@@ -68,9 +69,11 @@ class Family(nn.Module):
 
     def tokens(self, images: Tensor) -> Tensor:
         """`(B, S, P, C)`; special tokens are alike in no way."""
-        special = torch.randn(self.special, WIDTH, generator=torch.Generator().manual_seed(1)) / 9
-        tokens = embed(images)
-        return torch.cat((special.expand(*images.shape[:2], -1, -1), tokens), 2)
+        shape, generator = (
+            (*images.shape[:2], self.special, WIDTH),
+            torch.Generator().manual_seed(1),
+        )
+        return torch.cat((torch.randn(shape, generator=generator) / 9, embed(images)), 2)
 
     def fold(self, block: nn.Module, x: Tensor, kind: str) -> Tensor:
         if kind == "frame":

@@ -176,7 +176,7 @@ def test_depth_anything_with_its_reference_view_first(reference: int) -> None:
         attention = changed(captured[name], **orders)
         assert wrong_marks(attention, images, lit) == []
         without = changed(attention, **dict.fromkeys(orders))
-        assert len(wrong_marks(without, images, lit)) > 6
+        assert len(wrong_marks(without, images, lit)) > 5
     assert wrong_marks(changed(captured["frame_block_0"], frame_order=None), images, lit) == []
 
 
