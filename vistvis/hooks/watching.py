@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from vistvis.hooks.account import Account, Outside, aside
 from vistvis.hooks.finishing import Cut, Finisher
+from vistvis.hooks.fused import read_call
+from vistvis.hooks.kernels import KernelCall, link, listening, unlink
 from vistvis.hooks.multihead import (
     MULTIHEAD_FORWARD,
     MultiheadReader,
@@ -95,6 +97,8 @@ class Watch:
             self._listen(module, self._tracing_listener())
         for module in fused_modules(inner):
             self._listen(module, self._aside_listener(module))
+        self._undo.append(partial(unlink, self))
+        link(self, inner)
         self._listen(self._model, self._root_listener())
         for name in _entries(self._model):
             self._listen(self._model, _eager(partial(self._run_pass, entry=True)), name)
@@ -216,8 +220,9 @@ class Watch:
         mine = state.current = Pass(self._layout_of(args, kwargs))
         state.depth += not entry
         try:
-            account = (state.account if outer is None else None) or nullcontext()
-            with self._orders.passing(mine.layout), account:
+            account = state.account if outer is None else None
+            ears = listening(self, account.hear) if account else nullcontext()
+            with self._orders.passing(mine.layout), ears, account or nullcontext():
                 out = original(*args, **kwargs)
         except BaseException:
             results.fail()
@@ -292,22 +297,28 @@ class Watch:
         sizes = _sizes(args, kwargs)
         batch = sizes[0] if sizes else None
         running, mark = self._state.running, object()
+        reader = KernelReader(self._keeping, site.heads, batch, site.traits.heads_at)
+        notes = multihead.notes
+
+        def hear(call: KernelCall) -> None:
+            notes.take("kernel", lambda: read_call(*call, reader))
+
         tap = KernelTap(
-            KernelReader(self._keeping, site.heads, batch, site.traits.heads_at),
-            multihead.notes,
+            reader,
+            notes,
             active=lambda: running[-1] is mark,
             instead={MULTIHEAD_FORWARD: multihead.multi_head_attention},
         )
         before = ProjectionTap(site.module) if self._options.projections else None
         running.append(mark)
         try:
-            with before or nullcontext(), tap:
+            with before or nullcontext(), tap, listening(self, hear):
                 out = original(*args, **kwargs)
         finally:
             running.pop()
         returned = _sizes(out if isinstance(out, (tuple, list)) else (out,), {})
         placing = self._orders.of(site, args, kwargs)
-        self._finish(SiteRun(site, multihead.notes, sizes, returned, before, placing))
+        self._finish(SiteRun(site, notes, sizes, returned, before, placing))
         return out
 
     def _layout_of(self, args: Args, kwargs: Kwargs) -> TokenLayout | None:
