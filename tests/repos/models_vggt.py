@@ -88,6 +88,22 @@ def run_stream(model: Any, images: Tensor) -> object:
     return model.inference([{"img": image[None]} for image in images])
 
 
+def draw_stream(model: nn.Module, images: Tensor, run: Run) -> str:
+    """Of the last step: its own picture's frame block; a global block, whose keys are of all."""
+    from vggt_adapter import AttentionExtractor, visualize_attention_on_image
+
+    with AttentionExtractor(model) as extractor, torch.no_grad():
+        extractor.register_hooks(2)
+        run(model, images)
+        maps = extractor.get_attention_maps()
+    last = len(images) - 1
+    visualize_attention_on_image(maps["frame_block_2"]["attn_weights"], images[last:], 8)
+    weights = maps["global_block_2"]["attn_weights"]
+    token = weights.site.key_layout.index(frame=last, row=2, col=0)
+    visualize_attention_on_image(weights, images, token)
+    return "drawn"
+
+
 # -- FastVGGT --------------------------------------------------------------------------------------
 
 
@@ -104,17 +120,42 @@ class HostTorch:
         return torch.zeros(*size, dtype=dtype)
 
 
+class HeldChoice:
+    """Which tokens merge is chosen by likeness; for pictures that were dyed, as before."""
+
+    def __init__(self, choose: Any) -> None:
+        self.choose, self.kept, self.count = choose, [], 0
+        self.pictures: Tensor | None = None
+        self.dyed = False
+
+    def begin(self, images: Tensor) -> None:
+        if self.pictures is None:
+            self.pictures = images
+        self.dyed, self.count = not torch.equal(images, self.pictures), 0
+        if not self.dyed:
+            self.kept = []
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.dyed:
+            self.kept.append(self.choose(*args))
+        self.count += 1
+        return self.kept[self.count - 1]
+
+
 def build_fast(folder: Path) -> nn.Module:
     model = tiny("vggt", "VGGT", depth=5, enable_depth=False, merging=2)
     importlib.import_module("vggt.models.aggregator").__dict__["torch"] = HostTorch()
     positions = model.aggregator.position_getter
     model.aggregator.position_getter = lambda *size, device: positions(*size, device="cpu")
     model.update_patch_dimensions(4, 3)
+    merge = importlib.import_module("merging.merge").__dict__
+    model.choice = merge["fast_similarity_chunks"] = HeldChoice(merge["fast_similarity_chunks"])
     fast: nn.Module = model
     return fast
 
 
-def run_half(model: nn.Module, images: Tensor) -> object:
+def run_half(model: Any, images: Tensor) -> object:
+    model.choice.begin(images)
     with torch.autocast("cpu", torch.bfloat16):
         return model(images)
 
@@ -192,6 +233,7 @@ MODELS = [
         build_stream,
         pictures(3, 3, 4),
         run=run_stream,
+        draw=draw_stream,
         paths=("src",),
     ),
     Model(
@@ -200,8 +242,11 @@ MODELS = [
         build_fast,
         pictures(3, 3, 4),
         run=run_half,
-        note='Under autocast to bfloat16; "cuda" in its aggregator is read as the host; global '
-        "blocks 2 to 4 merge; without the depth head, which wants 24 blocks.",
+        # A merged token changes by a fraction only; what blocks add has to stay below it.
+        stays=0.01,
+        note='Under autocast to bfloat16; "cuda" in its aggregator is read as the host. Global '
+        "blocks 2 to 4 merge, and choose what they merge as before where a patch is replaced. "
+        "Without the depth head, which wants 24 blocks.",
     ),
     Model(
         "sparse-vggt",
