@@ -207,7 +207,7 @@ def measure(entry: Model, model: nn.Module, outcome: Outcome) -> None:
     def rerun(other: Tensor) -> list[Call]:
         return witnessed(model, lambda: entry.run(model, other))[0]
 
-    _places(entry, Places(images, entry.patch, calls, readings, rerun), outcome)
+    _places(entry, Places(images, entry.patch, calls, readings, rerun, entry.steps), outcome)
     _figure(entry, model, images, outcome)
     for name in outcome.silent:
         outcome.failures.append(f"silent: {name}")

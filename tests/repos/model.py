@@ -79,6 +79,8 @@ class Model:
     """Draws a figure, or raises; what it returns goes into the table."""
     refused: str = ""
     """Why no figure can be drawn, if that is known; the drawing must then raise."""
+    steps: bool = False
+    """Pictures come one by one: each run of a site gets the next."""
     raises: str = ""
     """What `capture(model)` says at its end, where it can't read every site."""
     stays: float | None = 0.05

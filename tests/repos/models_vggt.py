@@ -234,6 +234,8 @@ MODELS = [
         pictures(3, 3, 4),
         run=run_stream,
         draw=draw_stream,
+        steps=True,
+        raises="ran 3 times in one forward pass",
         paths=("src",),
     ),
     Model(

@@ -30,15 +30,19 @@ def dyed(images: Tensor, patch: int, frame: int, cell: tuple[int, int]) -> Tenso
 
 
 def expected_at(
-    attention: Attention, side: str, frame: int, cell: tuple[int, int]
+    attention: Attention, side: str, frame: int, cell: Cell, *, first: int = 0
 ) -> tuple[int, int] | None:
-    """`(batch index, captured index)` where the site says a patch is; None if it isn't there."""
+    """`(batch index, captured index)` where the site says a patch is; None if it isn't there.
+
+    `first` is the first picture of those that this run of the site got.
+    """
     site = attention.site
     assert site is not None
     layout: TokenLayout = getattr(site, f"{side}_layout")
     order, batch = getattr(site, f"{side}_order"), 0
-    if site.frames_in_batch or (layout.frames == 1 and attention.shape[0] > 1):
-        batch, frames = frame - site.first_frame, site.frame_order
+    alone = layout.frames == 1 and (attention.shape[0] > 1 or not site.first_frame)
+    if site.frames_in_batch or alone:
+        batch, frames = frame - first, site.frame_order
         if frames is not None:
             batch = int((frames.flatten() == frame).nonzero()[0])
         if not 0 <= batch < attention.shape[0]:
@@ -70,6 +74,8 @@ class Places:
     calls: list[Call]
     readings: Readings
     rerun: Callable[[Tensor], list[Call]]
+    steps: bool = False
+    """Each run of a site gets the next picture."""
     right: int = 0
     wrong: list[str] = field(default_factory=list)
     values: int = 0
@@ -101,7 +107,8 @@ class Places:
         for side, change in zip(("query", "key"), reading.answers(self.calls, other), strict=True):
             if getattr(reading.attention.site, f"{side}_layout") is None:
                 continue
-            expected = expected_at(reading.attention, side, frame, cell)
+            first = run if self.steps else 0
+            expected = expected_at(reading.attention, side, frame, cell, first=first)
             if expected is None:
                 continue
             got = strongest(change)
@@ -164,8 +171,12 @@ class Places:
                 try:
                     with warnings.catch_warnings():
                         warnings.simplefilter("error")
+                        own = self.steps and single
                         maps = get_attention_values(
-                            attention, self.images, token, frame_idx=frame if single else None
+                            attention,
+                            self.images[run : run + 1] if own else self.images,
+                            token,
+                            frame_idx=(0 if own else frame) if single else None,
                         )["attention_maps"]
                 except VistvisError as error:
                     self.unvalued[name] = str(error)
