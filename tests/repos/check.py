@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import vistvis
 from vistvis.attention import Attention
 from vistvis.errors import VistvisError
+from vistvis.models.sites import SiteList
 
 from .model import Model
 from .places import Places
@@ -109,12 +111,15 @@ def same(left: Any, right: Any) -> bool:
     return True
 
 
-def told(report: str, module: str) -> bool:
-    """Whether a report speaks of kernel calls seen outside all sites while a module ran."""
-    return any(
-        "outside" in line and re.search(rf"(?<![\w.]){re.escape(module)}(?![\w.])", line)
-        for line in report.splitlines()
+def told(report: str) -> Counter[str]:
+    """How many kernel calls a report says were seen outside all sites, by running module."""
+    lines = re.findall(
+        r"outside all sites: .* while '(.*?)' .* (\d+) times?$", report, re.MULTILINE
     )
+    counts: Counter[str] = Counter()
+    for module, count in lines:
+        counts[module] += int(count)
+    return counts
 
 
 def within(module: str, path: str) -> bool:
@@ -122,49 +127,48 @@ def within(module: str, path: str) -> bool:
 
 
 def account(
-    calls: list[Call], captured: Any, entry: Model, outcome: Outcome
+    sites: SiteList, calls: list[Call], captured: Any, entry: Model, outcome: Outcome
 ) -> dict[str, list[Reading]]:
     """Sort every kernel call into captured, refused, seen outside, no attention, or silent."""
-    report = captured.report()
-    sites = {site.path: site.name for site in captured._every} | {
-        attention.site.path: name
-        for name in captured
-        if name not in outcome.refused
-        for attention in _listed(captured[name])[:1]
-    }
+    names = {site.name: site.path for site in sites} | {name: name for name in captured}
+    # Calls that no site claims are kept under their module's name, the second under `name#2`.
+    owners: dict[str, list[str]] = {}
+    for name, path in names.items():
+        owners.setdefault(path.partition("#")[0], []).append(name)
     left, readings = set(range(len(calls))), {}
     # Inner sites first: a call belongs to the innermost site around it.
-    for path in sorted(sites, key=len, reverse=True):
-        name, base = sites[path], path.partition("#")[0]
-        mine = [n for n in sorted(left) if within(calls[n].module, base)]
-        if not mine:
-            continue
-        if name in outcome.refused:
-            outcome.calls_refused += len(mine)
-            left -= set(mine)
-            continue
-        try:
-            made = match(_listed(captured[name]), calls, mine)
-        except VistvisError:
-            continue
-        if made:
-            readings[name] = made
-            outcome.calls_captured += len(mine)
-            left -= set(mine)
-        else:
-            outcome.failures.append(
-                f"{name}: captured {[tuple(a.shape) for a in _listed(captured[name])]}, "
-                f"witness {[tuple(calls[n].weights.shape) for n in mine]}"
-            )
+    for base in sorted(owners, key=len, reverse=True):
+        every = [n for n in sorted(left) if within(calls[n].module, base)]
+        for at, name in enumerate(owners[base]):
+            mine = every[at :: len(owners[base])]
+            if mine and name in outcome.refused:
+                outcome.calls_refused += len(mine)
+                left -= set(mine)
+            elif mine and name in captured:
+                attention = _listed(captured[name])
+                made = match(attention, calls, mine)
+                if made:
+                    readings[name] = made
+                    outcome.calls_captured += len(mine)
+                    left -= set(mine)
+                else:
+                    outcome.failures.append(
+                        f"{name}: captured {[tuple(one.shape) for one in attention]}, "
+                        f"witness {[tuple(calls[n].weights.shape) for n in mine]}"
+                    )
+    counts = told(captured.report())
     for number in sorted(left):
-        module = calls[number].module
+        module = around = calls[number].module
+        while around and not counts[around]:
+            around = around.rpartition(".")[0]
         if any(within(module, path) for path in entry.not_attention):
             outcome.calls_other += 1
-        elif told(report, module):
+        elif counts[around]:
+            counts[around] -= 1
             outcome.calls_outside += 1
         else:
             shape = "×".join(map(str, calls[number].weights.shape))
-            outcome.silent.append(f"{module or type(entry).__name__} ({shape})")
+            outcome.silent.append(f"{module or 'the model'} ({shape})")
     return readings
 
 
@@ -192,8 +196,9 @@ def measure(entry: Model, model: nn.Module, outcome: Outcome) -> None:
     if _own_forwards(model) != before:
         outcome.failures.append("a hook was left behind")
     outcome.calls = len(calls)
-    _sites(captured, outcome)
-    readings = account(calls, captured, entry, outcome)
+    sites = vistvis.find_sites(model)
+    _sites(sites, captured, outcome)
+    readings = account(sites, calls, captured, entry, outcome)
     for name, made in readings.items():
         outcome.captured += 1
         for reading in made:
@@ -255,9 +260,9 @@ def _default_capture(entry: Model, model: nn.Module, images: Tensor, outcome: Ou
             outcome.failures.append(f"capture(model): {type(error).__name__}: {error}")
 
 
-def _sites(captured: Any, outcome: Outcome) -> None:
-    outcome.found = len(captured._every)
-    for site in captured._every:
+def _sites(sites: SiteList, captured: Any, outcome: Outcome) -> None:
+    outcome.found = len(sites)
+    for site in sites:
         if site.refused:
             outcome.refused[site.name] = site.refused
     for name in captured:
@@ -266,7 +271,7 @@ def _sites(captured: Any, outcome: Outcome) -> None:
         except VistvisError as error:
             outcome.refused[name] = str(error)
     held = set(captured) | set(outcome.refused)
-    outcome.idle = sum(site.name not in held for site in captured._every)
+    outcome.idle = sum(site.name not in held for site in sites)
 
 
 def _figure(entry: Model, model: nn.Module, images: Tensor, outcome: Outcome) -> None:
