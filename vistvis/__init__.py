@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vistvis.decorators.paths import StaticMetadata as StaticMetadata
     from vistvis.hooks.capture import Capture as Capture
     from vistvis.hooks.capture import capture as capture
+    from vistvis.hooks.trace import trace_layout as trace_layout
     from vistvis.models.sites import find_sites as find_sites
     from vistvis.store import Run as Run
     from vistvis.store import RunWriter as RunWriter
@@ -53,6 +54,7 @@ _LAZY = {
         "run_overlay_for_reconstruction",
     ),
     "vistvis.hooks.capture": ("Capture", "capture"),
+    "vistvis.hooks.trace": ("trace_layout",),
     "vistvis.models.sites": ("find_sites",),
     "vistvis.store": ("Run", "RunWriter", "open_run", "save_run"),
     "vistvis.views.overlay_folder": ("OverlayOutputPath",),

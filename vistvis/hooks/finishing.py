@@ -14,6 +14,7 @@ from vistvis.hooks.readings import error_text
 from vistvis.hooks.results import Options, Pass, Results
 from vistvis.hooks.settling import SiteRun, settle
 from vistvis.hooks.verify import verify_reading
+from vistvis.models.placing import site_info
 from vistvis.models.sites import Site
 from vistvis.models.windows import window_of
 from vistvis.tokens import TokenLayout
@@ -82,8 +83,8 @@ class Finisher(threading.local):
         last = self._infos.get(site.name)
         if last is None or last[0] != key:
             rope = None if self._options.rope else False
-            info = site.info(
-                attention.shape, source=source, rope=rope, layout=layout, window=window
+            info = site_info(
+                site, attention.shape, source=source, rope=rope, layout=layout, window=window
             )
             last = self._infos[site.name] = (key, info)
         return last[1]

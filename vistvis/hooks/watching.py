@@ -24,7 +24,7 @@ from vistvis.hooks.results import Options, Pass, Results
 from vistvis.hooks.settling import SiteRun
 from vistvis.hooks.tap import CompiledTap, Event, Hidden, KernelRan, KernelTap, PassBegan
 from vistvis.models.families import ENTRIES
-from vistvis.models.layouts import layout_from_model
+from vistvis.models.layouts import layout_of_inputs
 from vistvis.models.sites import Site, SiteList
 from vistvis.models.windows import window_cutter
 from vistvis.tokens import TokenLayout
@@ -243,12 +243,9 @@ class Watch:
         try:
             if layout is not None:
                 return layout(self._model, args, kwargs)
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor) and value.ndim in (4, 5):
-                    return layout_from_model(self._model, value)
+            return layout_of_inputs(self._model, args, kwargs)
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
-            pass  # nothing is known of this model: weights are exact all the same
-        return None
+            return None  # nothing is known of this model: weights are exact all the same
 
 
 def _eager(run: Listener, compiled: Listener | None = None) -> Listener:

@@ -16,13 +16,12 @@ from typing import TypeAlias, overload
 import torch
 from torch import nn
 
-from vistvis.attention import SiteInfo, WindowInfo
 from vistvis.errors import InputError, SiteError
 from vistvis.models import families
 from vistvis.models.code import reached_names
 from vistvis.models.families import ModuleTraits, kind_and_block, module_traits
+from vistvis.models.family import Role
 from vistvis.names import few, matches, nearest
-from vistvis.tokens import TokenLayout
 
 Chooser: TypeAlias = "str | Sequence[str] | Callable[[Site], bool] | None"
 
@@ -32,11 +31,12 @@ class Site:
     """One attention module of a model.
 
     `name` is its dotted name, or the name that a front end gave it; `path` is always the dotted
-    one. `kind` is "self", "cross", "window", "frame" or "global". `heads` is None where the module
-    does not say. `source` says how its attention will be read: "kernel" (what reaches
+    one. `kind` is "self", "cross", "window", "frame", "global" or "register". `heads` is None where
+    the module does not say. `source` says how its attention will be read: "kernel" (what reaches
     `scaled_dot_product_attention`), "softmax" (the weights that eager code computes), "module"
     (`nn.MultiheadAttention`), or "kernel or softmax" where the module decides when it runs.
-    `refused` is the reason why it can't be read, or empty.
+    `refused` is the reason why it can't be read, or empty. `role` is what the model's family says
+    of it, if one is known.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Site:
     block: int | None = None
     refused: str = ""
     path: str = ""
+    role: Role | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", self.path or self.name)
@@ -63,37 +64,6 @@ class Site:
     def matches(self, pattern: str) -> bool:
         """Whether a name or glob means this site, by its name or its dotted one."""
         return matches(pattern, self.name) or matches(pattern, self.path)
-
-    def info(
-        self,
-        shape: Sequence[int],
-        *,
-        source: str,
-        rope: bool | None,
-        layout: TokenLayout | None,
-        window: WindowInfo | None,
-    ) -> SiteInfo:
-        """What attention `(B, h, Nq, Nk)` carries; `layout` is that of all pictures of the pass."""
-        query_layout = key_layout = None
-        frames_in_batch = False
-        if layout is not None:
-            batch, _, *sizes = shape
-            query_layout, key_layout = layout.sides(*sizes)
-            folded = self.kind == "frame" or (layout.frames > 1 and batch % layout.frames == 0)
-            frames_in_batch = folded and query_layout == layout.frame_layout()
-        return SiteInfo(
-            name=self.name,
-            path=self.path,
-            kind="window" if window else self.kind,
-            block=self.block,
-            module=self.type,
-            query_layout=query_layout,
-            key_layout=key_layout,
-            frames_in_batch=frames_in_batch,
-            rope=rope,
-            source=source,
-            window=window,
-        )
 
     def __str__(self) -> str:
         heads = f"{self.heads} heads" if self.heads else "heads unknown"
@@ -165,8 +135,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def find_sites(model: nn.Module) -> SiteList:
     """List the attention modules of a model, in the order of `model.named_modules()`.
 
-    Each with its name, kind ("self", "cross", "window", "frame", "global"), heads where the module
-    says, and how queries and keys will be read, or why they can't be. It prints as a table.
+    Each with its name, kind ("self", "cross", "window", "frame", "global", "register"), heads where
+    the module says, and how queries and keys will be read, or why they can't be. Prints as a table.
 
     Cost: looks at every module's class once; no forward.
     """
@@ -176,7 +146,17 @@ def find_sites(model: nn.Module) -> SiteList:
             continue
         clean = ".".join(part for part in name.split(".") if part != "_orig_mod")
         sites.append(_site(clean or type(module).__name__, module))
-    return SiteList(site for site in sites if site is not None)
+    roles = families.roles_of(model)
+    return SiteList(_in_role(site, roles) for site in sites if site is not None)
+
+
+def _in_role(site: Site, roles: Mapping[str, Role]) -> Site:
+    """A site as its model's family knows it."""
+    role = families.role_at(roles, site.path)
+    if role is None:
+        return site
+    block = site.block if role.block is None else role.block
+    return replace(site, kind=role.kind or site.kind, block=block, role=role)
 
 
 def choose_sites(sites: SiteList, chooser: Chooser) -> SiteList:
