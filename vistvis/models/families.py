@@ -44,7 +44,7 @@ ENTRIES = (
 )
 
 KERNELS = frozenset({"scaled_dot_product_attention"})
-DISPATCHERS = frozenset({"ALL_ATTENTION_FUNCTIONS", "attention_interface"})
+DISPATCHERS = frozenset({"ALL_ATTENTION_FUNCTIONS", "attention_interface", "dispatch_attention_fn"})
 MULTIHEAD = frozenset({"multi_head_attention_forward"})
 SOFTMAX = frozenset({"softmax", "Softmax", "softmax_fp32", "_softmax"})
 # Kernels that hand nothing to torch functions; whether one runs is decided when the model runs.
