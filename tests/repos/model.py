@@ -1,0 +1,86 @@
+"""What the runner needs to know of a repository's model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Drawing = Callable[[nn.Module, Tensor], object]
+
+
+def pictures(frames: int, rows: int, cols: int, patch: int = 14) -> Callable[[], Tensor]:
+    """A maker of noise pictures `(S, 3, rows·patch, cols·patch)` in [0, 1]."""
+    return lambda: torch.rand(frames, 3, rows * patch, cols * patch)
+
+
+def run_pictures(model: nn.Module, images: Tensor) -> object:
+    return model(images)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of one repository.
+
+    `build` makes it tiny, with random weights; the checkout's `paths` are on `sys.path` then.
+    `patch` is the size of its patches in pixels, and `pictures` are what `run` gives it.
+    """
+
+    name: str
+    repository: str
+    """The checkout's folder; empty for an installed package."""
+    build: Callable[[Path], nn.Module]
+    pictures: Callable[[], Tensor]
+    patch: int = 14
+    run: Callable[[nn.Module, Tensor], object] = run_pictures
+    paths: tuple[str, ...] = (".",)
+    package: str = ""
+    """The installed package, where there is no checkout."""
+    draw: Drawing | None = None
+    """Draws a figure; None: what `AttentionExtractor` gives of the last blocks."""
+    refused: str = ""
+    """Why no figure can be drawn, if that is known; the figure must then be refused."""
+    stays: float | None = 0.05
+    """What the gates (LayerScale) are set to, so that a token stays itself through all blocks."""
+    not_attention: Mapping[str, str] = field(default_factory=dict)
+    """Module whose softmax is no attention → why."""
+    note: str = ""
+    """What the runner had to replace."""
+
+
+def stub(*names: str, **attributes: Any) -> None:
+    """Put empty modules where a repository imports what is not run."""
+    for name in names:
+        module = types.ModuleType(name)
+        module.__dict__.update(attributes)
+        module.__path__ = []
+        sys.modules[name] = module
+        parent, _, last = name.rpartition(".")
+        if parent in sys.modules:
+            setattr(sys.modules[parent], last, module)
+
+
+@contextlib.contextmanager
+def shrunk(module: str, **defaults: Mapping[str, Any]) -> Iterator[types.ModuleType]:
+    """Classes and functions of a module get other arguments than those that it writes itself."""
+    home = importlib.import_module(module)
+    before = {name: getattr(home, name) for name in defaults}
+
+    def changed(make: Any, given: Mapping[str, Any]) -> Any:
+        return lambda *args, **kwargs: make(*args, **{**kwargs, **given})
+
+    for name, given in defaults.items():
+        setattr(home, name, changed(before[name], given))
+    try:
+        yield home
+    finally:
+        for name, original in before.items():
+            setattr(home, name, original)
