@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,250 @@ def run_pair(model: nn.Module, images: Tensor) -> object:
     return model(*views)
 
 
+# -- CUT3R -----------------------------------------------------------------------------------------
+
+
+def build_cut3r(folder: Path) -> nn.Module:
+    importlib.import_module("transformers")  # asks for accelerate's version where there is one
+    stub("accelerate", "accelerate.logging", get_logger=lambda name, **_: logging.getLogger(name))
+    module = importlib.import_module("dust3r.model")
+    rope = importlib.import_module("models.pos_embed").RoPE2D
+    if not hasattr(rope, "plain"):
+        # The pose token lies at −1, where the table of angles has no entry. Angles are relative.
+        rope.plain = rope.forward
+        rope.forward = lambda self, tokens, places: rope.plain(self, tokens, places + 1)
+    config = module.ARCroco3DStereoConfig(
+        **{**_CROCO, **_HEAD},
+        pose_mode=("exp", -math.inf, math.inf),
+        state_size=16,
+        local_mem_size=8,
+        state_dec_num_heads=2,
+        pose_head=True,
+        rgb_head=True,
+        landscape_only=False,
+    )
+    config.output_mode = "pts3d+pose"
+    built: nn.Module = module.ARCroco3DStereo(config)
+    return built
+
+
+def run_cut3r(model: nn.Module, images: Tensor) -> object:
+    yes, no = torch.tensor([True]), torch.tensor([False])
+    shape = torch.tensor([images.shape[-2:]])
+    views = [
+        {
+            "img": image[None],
+            "ray_map": torch.zeros(1, *images.shape[-2:], 6),
+            "true_shape": shape,
+            "img_mask": yes,
+            "ray_mask": no,
+            "update": yes,
+            "reset": no,
+        }
+        for image in images
+    ]
+    return model(views)
+
+
+# -- matchers --------------------------------------------------------------------------------------
+
+
+def build_lightglue(folder: Path) -> nn.Module:
+    net = importlib.import_module("lightglue").LightGlue
+    built: nn.Module = net(
+        features=None,
+        input_dim=WIDTH,
+        descriptor_dim=WIDTH,
+        n_layers=3,
+        num_heads=HEADS,
+        depth_confidence=-1,
+        width_confidence=-1,
+    )
+    return built
+
+
+def run_lightglue(model: nn.Module, images: Tensor) -> object:
+    """Each patch of the two pictures is a keypoint; its descriptor is what the patch holds."""
+    sides = {}
+    for at, image in enumerate(images):
+        rows, cols = image.shape[-2] // 8, image.shape[-1] // 8
+        patches = image.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 0, 3, 4)
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).flip(-1)
+        sides[f"image{at}"] = {
+            "keypoints": places[None] * 8.0 + 4,
+            "descriptors": patches.reshape(1, rows * cols, -1)[..., :WIDTH],
+            "image_size": torch.tensor([[image.shape[-1], image.shape[-2]]]),
+        }
+    return model(sides)
+
+
+def build_loftr(folder: Path, *, attention: str = "linear") -> nn.Module:
+    module = importlib.import_module("src.loftr")
+    config = copy.deepcopy(module.default_cfg)
+    config["resnetfpn"] = {"initial_dim": 16, "block_dims": [16, 24, 32]}
+    config["coarse"].update(d_model=32, d_ffn=32, nhead=4, attention=attention)
+    config["coarse"]["layer_names"] = ["self", "cross"]
+    config["fine"].update(d_model=16, d_ffn=16, nhead=4, attention=attention)
+    # Untrained features match nowhere; the fine layers must run too.
+    config["match_coarse"].update(thr=0.0, border_rm=0)
+    built: nn.Module = module.LoFTR(config)
+    return built
+
+
+def build_loftr_full(folder: Path) -> nn.Module:
+    return build_loftr(folder, attention="full")
+
+
+def run_loftr(model: nn.Module, images: Tensor) -> object:
+    grey = images.mean(1, keepdim=True)
+    data = {"image0": grey[:1], "image1": grey[1:]}
+    model(data)
+    return {name: value for name, value in data.items() if isinstance(value, Tensor)}
+
+
+# -- DINO ------------------------------------------------------------------------------------------
+
+
+def build_dinov2(folder: Path) -> nn.Module:
+    vit = importlib.import_module("dinov2.models.vision_transformer").DinoVisionTransformer
+    built: nn.Module = vit(
+        **_TINY, depth=3, patch_size=14, img_size=56, num_register_tokens=4, block_chunks=0
+    )
+    return built
+
+
+def build_dinov3(folder: Path) -> nn.Module:
+    vit = importlib.import_module("dinov3.models.vision_transformer").DinoVisionTransformer
+    built: Any = vit(**_TINY, depth=3, n_storage_tokens=4, layerscale_init=1.0, mask_k_bias=True)
+    built.init_weights()
+    return built
+
+
+# -- diffusers -------------------------------------------------------------------------------------
+
+_TEXT = 3
+
+
+def build_flux(folder: Path) -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    built: nn.Module = FluxTransformer2DModel(
+        in_channels=12,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=HEADS,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return built
+
+
+def _text(width: int) -> Tensor:
+    return torch.linspace(-1, 1, _TEXT * width).sin().reshape(1, _TEXT, width) * 2
+
+
+def run_flux(model: nn.Module, images: Tensor) -> object:
+    """Latents, packed 2×2 to a token as its pipeline does."""
+    count, _, height, width = images.shape
+    packed = images.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5)
+    places = torch.zeros(height // 2, width // 2, 3)
+    places[..., 1] += torch.arange(height // 2)[:, None]
+    places[..., 2] += torch.arange(width // 2)
+    return model(
+        hidden_states=packed.reshape(count, -1, 12),
+        encoder_hidden_states=_text(32),
+        pooled_projections=torch.ones(1, 32),
+        timestep=torch.tensor([0.5]),
+        img_ids=places.flatten(0, 1),
+        txt_ids=torch.zeros(_TEXT, 3),
+        return_dict=False,
+    )
+
+
+def build_sd3(folder: Path) -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    built: nn.Module = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=HEADS,
+        joint_attention_dim=32,
+        caption_projection_dim=64,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return built
+
+
+def run_sd3(model: nn.Module, images: Tensor) -> object:
+    return model(
+        hidden_states=images,
+        encoder_hidden_states=_text(32),
+        pooled_projections=torch.ones(1, 32),
+        timestep=torch.tensor([500.0]),
+        return_dict=False,
+    )
+
+
+def build_unet(folder: Path) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    built: nn.Module = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        norm_num_groups=8,
+        attention_head_dim=4,
+    )
+    return built
+
+
+def run_unet(model: nn.Module, images: Tensor) -> object:
+    return model(images, torch.tensor([500]), encoder_hidden_states=_text(32), return_dict=False)
+
+
+# -- Qwen ------------------------------------------------------------------------------------------
+
+
+def build_qwen2(folder: Path) -> nn.Module:
+    home = importlib.import_module("transformers.models.qwen2_vl.modeling_qwen2_vl")
+    config = home.Qwen2VLConfig().vision_config
+    config.update({"depth": 2, "embed_dim": WIDTH, "num_heads": HEADS, "hidden_size": WIDTH})
+    built: nn.Module = home.Qwen2VisionTransformerPretrainedModel._from_config(config)
+    return built
+
+
+def build_qwen25(folder: Path) -> nn.Module:
+    home = importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+    config = home.Qwen2_5_VLConfig().vision_config
+    config.update({"depth": 2, "hidden_size": WIDTH, "num_heads": HEADS, "out_hidden_size": WIDTH})
+    config.update({"intermediate_size": WIDTH, "window_size": 56, "fullatt_block_indexes": [1]})
+    built: nn.Module = home.Qwen2_5_VisionTransformerPretrainedModel._from_config(config)
+    return built
+
+
+def run_qwen(model: nn.Module, images: Tensor) -> object:
+    """Flat patches of all pictures, groups of 2×2 together, each picture shown twice in time."""
+    count, _, height, width = images.shape
+    rows, cols = height // 14, width // 14
+    cells = images.reshape(count, 3, rows // 2, 2, 14, cols // 2, 2, 14)
+    cells = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]
+    flat = cells.expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(count * rows * cols, -1)
+    return model(flat, grid_thw=torch.tensor([[1, rows, cols]] * count))
+
+
 MODELS = [
     Model(
         "Pi3",
@@ -271,7 +517,7 @@ MODELS = [
         pictures(4, 3, 4),
         run=run_middle_first,
         paths=("src",),
-        note="Run with `ref_view_strategy=\"middle\"`: picture 2 of 4 comes first.",
+        note='Run with `ref_view_strategy="middle"`: picture 2 of 4 comes first.',
     ),
     Model(
         "Depth Anything 3, saddle",
@@ -304,4 +550,40 @@ MODELS = [
     Model("CroCo", "croco", build_croco, pictures(2, 4, 4, 16), patch=16, run=run_croco),
     Model("DUSt3R", "dust3r", build_dust3r, pictures(2, 3, 4, 16), patch=16, run=run_pair),
     Model("MASt3R", "mast3r", build_mast3r, pictures(2, 3, 4, 16), patch=16, run=run_pair),
+    Model(
+        "CUT3R",
+        "CUT3R",
+        build_cut3r,
+        pictures(3, 3, 4, 16),
+        patch=16,
+        run=run_cut3r,
+        paths=("src",),
+        note="Positions shifted by one: without CUDA its RoPE has no −1, the pose token's place.",
+    ),
+    Model(
+        "LightGlue",
+        "LightGlue",
+        build_lightglue,
+        pictures(2, 3, 4, 8),
+        patch=8,
+        run=run_lightglue,
+        paths=("lightglue",),
+        note="Keypoints are the centres of patches; pruning and early stopping are off.",
+    ),
+    Model("LoFTR", "LoFTR", build_loftr, pictures(2, 4, 6, 8), patch=8, run=run_loftr),
+    Model(
+        "LoFTR, full attention",
+        "LoFTR",
+        build_loftr_full,
+        pictures(2, 4, 6, 8),
+        patch=8,
+        run=run_loftr,
+    ),
+    Model("DINOv2", "dinov2", build_dinov2, pictures(2, 3, 4)),
+    Model("DINOv3", "dinov3", build_dinov3, pictures(2, 3, 4, 16), patch=16),
+    Model("Flux", "", build_flux, pictures(1, 3, 4, 2), patch=2, run=run_flux, package="diffusers"),
+    Model("SD3", "", build_sd3, pictures(1, 3, 4, 2), patch=2, run=run_sd3, package="diffusers"),
+    Model("UNet", "", build_unet, pictures(1, 6, 8, 1), patch=1, run=run_unet, package="diffusers"),
+    Model("Qwen2-VL", "", build_qwen2, pictures(2, 4, 6), run=run_qwen, package="transformers"),
+    Model("Qwen2.5-VL", "", build_qwen25, pictures(2, 4, 6), run=run_qwen, package="transformers"),
 ]
