@@ -95,6 +95,7 @@ def main() -> int:
             f"refused + {outcome.calls_outside} outside + {outcome.calls_other} no attention + "
             f"{len(outcome.silent)} silent; rows {outcome.rows:.0e} columns "
             f"{outcome.columns:.0e}; places {outcome.right} right {len(outcome.wrong)} wrong, "
+            f"{outcome.values} values, {len(outcome.unvalued)} sites without values, "
             f"{len(outcome.no_layout)} sites without; largest {outcome.largest}; "
             f"figure {outcome.figure}",
             flush=True,

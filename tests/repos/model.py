@@ -9,12 +9,14 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-Drawing = Callable[[nn.Module, Tensor], object]
+from vistvis.errors import LayoutError
+
+Run = Callable[[nn.Module, Tensor], object]
 
 
 def pictures(frames: int, rows: int, cols: int, patch: int = 14) -> Callable[[], Tensor]:
@@ -24,6 +26,35 @@ def pictures(frames: int, rows: int, cols: int, patch: int = 14) -> Callable[[],
 
 def run_pictures(model: nn.Module, images: Tensor) -> object:
     return model(images)
+
+
+def draw_last_blocks(
+    model: nn.Module, images: Tensor, run: Run, *, kinds: tuple[str, ...] = ("frame", "global")
+) -> str:
+    """Figures of the last frame block and of the last global one."""
+    from vggt_adapter import AttentionExtractor, visualize_attention_on_image
+
+    with AttentionExtractor(model) as extractor:
+        extractor.register_hooks(attention_types=kinds)
+        with torch.no_grad():
+            run(model, images)
+        maps = extractor.get_attention_maps()
+    last = {entry["layer_type"]: entry["attn_weights"] for entry in maps.values()}
+    for kind in kinds:
+        layout = last[kind].site.key_layout
+        if layout is None:
+            raise LayoutError(f"{last[kind].site.name} has no layout")
+        token = layout.index(frame=layout.frames - 1, row=layout.grid[0] - 1, col=0)
+        visualize_attention_on_image(last[kind], images, token)
+    return "drawn"
+
+
+def draw_frames(model: nn.Module, images: Tensor, run: Run) -> str:
+    return draw_last_blocks(model, images, run, kinds=("frame",))
+
+
+class Drawing(Protocol):
+    def __call__(self, model: nn.Module, images: Tensor, run: Run, /) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -40,14 +71,18 @@ class Model:
     build: Callable[[Path], nn.Module]
     pictures: Callable[[], Tensor]
     patch: int = 14
-    run: Callable[[nn.Module, Tensor], object] = run_pictures
+    run: Run = run_pictures
     paths: tuple[str, ...] = (".",)
     package: str = ""
     """The installed package, where there is no checkout."""
-    draw: Drawing | None = None
-    """Draws a figure; None: what `AttentionExtractor` gives of the last blocks."""
+    draw: Drawing = draw_last_blocks
+    """Draws a figure, or raises; what it returns goes into the table."""
     refused: str = ""
-    """Why no figure can be drawn, if that is known; the figure must then be refused."""
+    """Why no figure can be drawn, if that is known; the drawing must then raise."""
+    steps: bool = False
+    """Pictures come one by one: each run of a site gets the next."""
+    raises: str = ""
+    """What `capture(model)` says at its end, where it can't read every site."""
     stays: float | None = 0.05
     """What the gates (LayerScale) are set to, so that a token stays itself through all blocks."""
     not_attention: Mapping[str, str] = field(default_factory=dict)

@@ -22,7 +22,9 @@ the module that was running. *Calls* are those of one pass: captured + refused w
 outside all sites and reported; none is silent. *Rows*, *columns*: the largest difference of a
 weight, over all rows and columns of all captured sites. *Places*: one patch of one picture is
 replaced by noise, and the token that answers most at the kernel is the one that the site's layout
-names; counted over sites, runs, sides and patches. Outputs were equal bit for bit with capture on.
+names; counted over sites, runs, sides and patches. *Values*: numbers behind a figure that equal
+the witness's weight between the two tokens that answered. Outputs were equal bit for bit with
+capture on.
 """
 
 
@@ -38,6 +40,7 @@ def line(outcome: Outcome) -> str:
         f"{outcome.rows:.0e}",
         f"{outcome.columns:.0e}",
         places if outcome.right or outcome.wrong else "–",
+        str(outcome.values or "–"),
         outcome.figure.partition(":")[0] or "–",
         "yes" if not outcome.failures else "**no**",
     ]
@@ -52,8 +55,10 @@ def notes(outcome: Outcome) -> list[str]:
         out.append(f"- {outcome.calls_other} softmax calls are no attention.")
     if outcome.no_layout:
         out.append(f"- Without a layout: {', '.join(grouped(outcome.no_layout))}.")
-    if outcome.figure.startswith("refused"):
-        out.append(f"- Figure {outcome.figure}")
+    if outcome.figure != "drawn":
+        out.append(f"- Figure: {outcome.figure}")
+    for reason, names in by_reason(outcome.unvalued).items():
+        out.append(f"- No values for a figure: {', '.join(grouped(names))}: {reason}")
     for reason, names in by_reason(outcome.refused).items():
         out.append(f"- Refused: {', '.join(grouped(names))}: {reason}")
     out += [f"- **Wrong**: {failure}" for failure in outcome.failures]
@@ -86,6 +91,7 @@ def write(page: Path, outcomes: list[Outcome]) -> None:
         "rows",
         "columns",
         "places",
+        "values",
         "figure",
         "all right",
     )

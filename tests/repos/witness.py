@@ -33,7 +33,10 @@ class Call:
 
     def answers(self, other: Call) -> tuple[Tensor, Tensor]:
         """How much each query and each key of `other` differs, summed over the last dimension."""
-        changes = [(a - b).nan_to_num(0, 0, 0).abs() for a, b in zip(self.inputs, other.inputs, strict=True)]
+        changes = [
+            (a - b).nan_to_num(0, 0, 0).abs()
+            for a, b in zip(self.inputs, other.inputs, strict=True)
+        ]
         if len(changes) == 2:
             return changes[0].sum(-1), changes[1].sum(-1)
         # One changed token changes one row or one column; what all share belongs to the other side.
