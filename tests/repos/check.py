@@ -66,10 +66,15 @@ def prepare(model: nn.Module, entry: Model, images: Tensor) -> dict[str, float]:
     """Sharpen every attention module until its largest weight lies between 0.3 and 0.95."""
     model.eval()
     randomise_zeros(model)
+    gated = any(name.endswith(".gamma") for name, _ in model.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if entry.stays is not None and name.endswith(".gamma"):
                 parameter.fill_(entry.stays)
+            # Where blocks have no gates, what they add is made small at its source.
+            ends = name.endswith(("attn.proj.weight", "mlp.fc2.weight"))
+            if entry.stays is not None and ends and not gated:
+                parameter.mul_(2 * entry.stays)
             # Tokens of almost nothing would answer to anything, once they are normalised.
             if "token" in name and parameter.std() < 0.1:
                 parameter.normal_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from einops import rearrange
@@ -45,13 +45,32 @@ def logits(
         key = key * scale
     else:
         query = query * scale
-    values = products(query, key)
+    return masked(products(query, key), masks)
+
+
+def masked(values: Tensor, masks: Iterable[Tensor]) -> Tensor:
+    """Logits with masks, as `logits` takes them."""
     for mask in masks:
         if mask.dtype == torch.bool:
             values = values.masked_fill(~mask, -math.inf)
         else:
             values = values + mask.to(values.dtype)
     return values
+
+
+def at_indices(
+    function: Callable[..., Tensor], indices: Sequence[Tensor], logits: Tensor | None = None
+) -> Tensor:
+    """A function of `(batch, head, query, key)` at every combination of numbers, `(B, h, Q, K)`.
+
+    With `logits` of that shape, each goes in front. The function sees tensors without dimensions,
+    as in `flex_attention`, so that those that index tensors of their own work.
+    """
+    front = () if logits is None else (logits,)
+    for dim in reversed(range(4)):
+        places: list[int | None] = [0 if dim == place else None for place in range(4)]
+        function = torch.vmap(function, in_dims=(*(0 for _ in front), *places))
+    return function(*front, *indices)
 
 
 def products(query: Tensor, key: Tensor) -> Tensor:

@@ -55,6 +55,25 @@ def checked_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> 
     return mask.to(device)
 
 
+def checked_segments(starts: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    try:
+        rows: Tensor = torch.as_tensor(starts)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"segments are the start rows of blocks, got {starts!r}") from error
+    good = rows.ndim == 1 and len(rows) and rows.dtype == torch.int64
+    if good:
+        bounds = torch.cat([rows.cpu(), torch.tensor([shape[2]])])
+        good = int(bounds[0]) == 0 and bool((bounds.diff() > 0).all())
+    if not good or shape[2] != shape[3]:
+        raise InputError(
+            "segments are the start rows of blocks of tokens, int64, the first 0 and increasing, "
+            f"where there are as many queries as keys; got {describe(rows)}, "
+            f"{rows.tolist() if rows.numel() < 9 else '…'}, for {shape[2]} queries and "
+            f"{shape[3]} keys"
+        )
+    return rows.to(device)
+
+
 def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)}"

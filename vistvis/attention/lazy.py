@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vistvis.attention import arithmetic
-from vistvis.attention.checks import bytes_text, check_pair, checked_mask, checked_scale, describe
+from vistvis.attention.checks import (
+    bytes_text,
+    check_pair,
+    checked_mask,
+    checked_scale,
+    checked_segments,
+    describe,
+)
 from vistvis.attention.indexing import ALL, Box, take
 from vistvis.attention.rows import LazyRows, Selection
+from vistvis.attention.segments import fill_box, ranges
 from vistvis.attention.site import SiteInfo
 from vistvis.errors import InputError
 from vistvis.progress import progress as bar
@@ -40,6 +48,15 @@ class Attention(LazyRows):
         weights of zero.
     causal
         Query i sees keys 0…i, counted from the first key also where Nq ≠ Nk.
+    segments
+        `(n,)`: the start rows of blocks of tokens that see only themselves (windows, pictures of
+        one sequence), where Nq = Nk; weights outside are 0. The first is 0. Each is as attention of
+        its own: `causal` counts from its first token. No N×N mask is made: N tokens in blocks of n
+        cost N·n where all tokens cost N².
+    score_mod, mask_mod
+        As in `flex_attention`: `score_mod(score, b, h, q_idx, kv_idx)` changes scaled logits,
+        `mask_mod(b, h, q_idx, kv_idx)` is True where a key takes part. They are called for the
+        rows asked for, on the device of the queries, and not together with segments.
     site
         Where it comes from; carried along, so that nothing downstream has to be told again.
 
@@ -48,6 +65,9 @@ class Attention(LazyRows):
     function, tensor method or `np.asarray` builds the dense matrix, under the limit of `dense`.
     `weights` is None, but for attention made by `from_weights`. `InputError` if shapes, dtypes or
     devices do not fit together. The formula: Vaswani et al., "Attention Is All You Need", 3.2.1.
+
+    Pickled and deep-copied as it is; with functions of indices, which can't be, as its dense
+    weights (`from_weights`), or a `DenseLimitError`.
 
     Cost, with N tokens and h heads of width d: one row is N·h·d multiply-adds, one column the same
     once the log-sum-exp is known, which takes N²·h·d once and is kept, `(B, h, Nq)`.
@@ -64,6 +84,9 @@ class Attention(LazyRows):
         scale: float | Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
+        segments: Tensor | Sequence[int] | None = None,
+        score_mod: Callable[..., Tensor] | None = None,
+        mask_mod: Callable[..., Tensor] | None = None,
         site: SiteInfo | None = None,
     ) -> None:
         check_pair(query, key)
@@ -73,8 +96,17 @@ class Attention(LazyRows):
         if isinstance(self.scale, Tensor):
             self.scale = checked_scale(self.scale, shape[1]).to(query.device)
         self.mask = None if mask is None else checked_mask(mask, shape, query.device)
-        self._plain = self.mask is None and not self.causal
-        self._setup(shape, site, query, key, *(() if self.mask is None else (self.mask,)))
+        self.segments = None
+        if segments is not None:
+            self.segments = checked_segments(segments, shape, query.device)
+            if score_mod or mask_mod:
+                raise InputError(
+                    "segments don't go with score_mod and mask_mod: use mask_mod alone"
+                )
+        self.score_mod, self.mask_mod = score_mod, mask_mod
+        extras = [tensor for tensor in (self.mask, self.segments) if tensor is not None]
+        self._plain = not (extras or self.causal or score_mod or mask_mod)
+        self._setup(shape, site, query, key, *extras)
 
     @staticmethod
     def from_weights(weights: Tensor, *, site: SiteInfo | None = None) -> Attention:
@@ -101,6 +133,9 @@ class Attention(LazyRows):
             parts.append("causal")
         if self.mask is not None:
             parts.append("masked")
+        if self.segments is not None:
+            parts.append(f"in {len(self.segments)} segments")
+        parts += [name for name in ("score_mod", "mask_mod") if getattr(self, name)]
         if self.site and self.site.rope is False:
             parts.append("WITHOUT rope")
         held, dense = bytes_text(self.nbytes), bytes_text(self._bytes_of(self.shape))
@@ -127,8 +162,18 @@ class Attention(LazyRows):
             scale=self.scale,
             mask=mask,
             causal=self.causal,
+            segments=self.segments,
+            score_mod=self.score_mod,
+            mask_mod=self.mask_mod,
             site=self.site,
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.check_unwritten()
+        if self.score_mod or self.mask_mod:
+            return _rebuilt, (GivenWeights, {"weights": self.dense(), "site": self.site})
+        names = ("query", "key", "scale", "mask", "causal", "segments", "site")
+        return _rebuilt, (Attention, {name: getattr(self, name) for name in names})
 
     def cpu(self) -> Attention:
         return self.to("cpu")
@@ -169,8 +214,13 @@ class Attention(LazyRows):
         self.check_unwritten()
         if self._log_sum_exp is not None:
             return self._log_sum_exp
-        reduce = functools.partial(torch.logsumexp, dim=-1)
-        values = self._by_blocks(reduce, (ALL, ALL, ALL), self.shape[:3], progress)
+        if self.segments is not None:
+            parts = ranges(self.segments, self.shape[2])
+            parts = bar(parts, "log-sum-exp", shown=progress, delay=0.5)
+            values = torch.cat([self._segment(rows).log_sum_exp() for rows in parts], 2)
+        else:
+            reduce = functools.partial(torch.logsumexp, dim=-1)
+            values = self._by_blocks(reduce, (ALL, ALL, ALL), self.shape[:3], progress)
         if not values.requires_grad:  # a kept graph would serve one backward pass only
             self._log_sum_exp = values
         return values
@@ -197,6 +247,8 @@ class Attention(LazyRows):
         return arithmetic.row(one, key.to(self.dtype), scale)
 
     def _logits(self, box: Box) -> Tensor:
+        if self.segments is not None:
+            return self._by_segments(Attention._logits, box, -math.inf)
         b, h, q, k = box
         key_heads = h
         if self.groups > 1 and h != ALL:  # all heads: the groups are paired without copying keys
@@ -211,16 +263,34 @@ class Attention(LazyRows):
             masks.append(columns <= rows[:, None])
         if self.mask is not None:
             masks.append(take(self.mask.expand(self.shape), *box))
-        return arithmetic.logits(query, key, scale, masks)
+        if not (self.score_mod or self.mask_mod):
+            return arithmetic.logits(query, key, scale, masks)
+        logits = arithmetic.logits(query, key, scale)
+        numbers = [
+            take(torch.arange(n, device=self.device), chosen)
+            for n, chosen in zip(self.shape, box, strict=True)
+        ]
+        if self.score_mod and logits.numel():
+            made = arithmetic.at_indices(self.score_mod, numbers, logits)
+            logits = made.to(self.dtype).contiguous()
+        if self.mask_mod and logits.numel():
+            masks.append(arithmetic.at_indices(self.mask_mod, numbers).bool())
+        return arithmetic.masked(logits, masks)
 
     def _block(self, box: Box) -> Tensor:
-        shape, masked, k = self._counts(box), self.mask is not None, box[3]
-        if not (isinstance(k, slice) and k == ALL):
-            # The log-sum-exp of all rows is kept; that of some costs as much as their weights.
-            few = self._is_small(shape) or shape[:3] != self.shape[:3]
-            if self._log_sum_exp is not None or not few:
-                logits, lse = self._logits(box), take(self.log_sum_exp(), *box[:3])
-                return arithmetic.softmax_of_part(logits, lse, masked=masked)
+        shape, k = self._counts(box), box[3]
+        masked = self.mask is not None or bool(self.score_mod or self.mask_mod)
+        some = not (isinstance(k, slice) and k == ALL)
+        # The log-sum-exp of all rows is kept; that of some costs as much as their weights.
+        few = self._is_small(shape) or shape[:3] != self.shape[:3]
+        by_sum = some and (self._log_sum_exp is not None or not few)
+        if self.segments is not None:
+            if by_sum:
+                self.log_sum_exp()  # its segments use it
+            return self._by_segments(Attention._block, box, 0.0)
+        if by_sum:
+            logits, lse = self._logits(box), take(self.log_sum_exp(), *box[:3])
+            return arithmetic.softmax_of_part(logits, lse, masked=masked)
 
         def weights(logits: Tensor) -> Tensor:
             return take(arithmetic.softmax(logits, masked=masked), ALL, ALL, ALL, k)
@@ -244,14 +314,35 @@ class Attention(LazyRows):
             out[index] = reduce(self._logits((*part, ALL)))
         return out
 
+    def _by_segments(
+        self, compute: Callable[[Attention, Box], Tensor], box: Box, outside: float
+    ) -> Tensor:
+        out = torch.full(self._counts(box), outside, dtype=self.dtype, device=self.device)
+        starts, count = self.segments, self.shape[2]
+        assert starts is not None
+        return fill_box(out, box, starts, count, lambda r, part: compute(self._segment(r), part))
+
+    def _segment(self, rows: slice) -> Attention:
+        """One segment as attention of its own."""
+        mask, lse = self.mask, self._log_sum_exp
+        one = Attention(
+            query=self.query[:, :, rows],
+            key=self.key[:, :, rows],
+            scale=self.scale,
+            mask=None if mask is None else mask.expand(self.shape)[:, :, rows, rows],
+            causal=self.causal,
+        )
+        one._log_sum_exp = None if lse is None else lse[:, :, rows]
+        return one
+
     def _is_small(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape[:3]) <= arithmetic.rows_at_once(self.shape[3], self.dtype)
 
 
 class GivenWeights(Attention):
-    """What `Attention.from_weights` makes; `query`, `key` and `mask` are None."""
+    """What `Attention.from_weights` makes; `query`, `key`, `mask` and such are None."""
 
-    query = key = mask = None  # type: ignore[assignment]
+    query = key = mask = segments = score_mod = mask_mod = None  # type: ignore[assignment]
     scale, causal, groups = 1.0, False, 1
     _plain = False
     weights: Tensor
@@ -269,6 +360,10 @@ class GivenWeights(Attention):
         self.check_unwritten()
         return GivenWeights(self.weights.to(*args, **kwargs), site=self.site)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.check_unwritten()
+        return _rebuilt, (GivenWeights, {"weights": self.weights, "site": self.site})
+
     def _logits(self, box: Box) -> Tensor:
         raise InputError(
             f"logits need queries and keys, and {self._name()} was made from weights alone"
@@ -276,3 +371,8 @@ class GivenWeights(Attention):
 
     def _block(self, box: Box) -> Tensor:
         return take(self.weights, *box).to(self.dtype)
+
+
+def _rebuilt(kind: type[Attention], arguments: dict[str, Any]) -> Attention:
+    """What a pickle says, made: tensors count their versions anew."""
+    return kind(**arguments)

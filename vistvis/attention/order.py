@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vistvis.errors import IndexOutOfRange, InputError
+from vistvis.errors import IndexOutOfRange, InputError, LayoutError
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,21 @@ class TokenOrder:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def check(self, batch: int, count: int) -> None:
+        """`LayoutError` if it is no order of `count` captured tokens in `batch` batch items."""
+        items = {1: batch, 2: self.tokens.shape[0]}[self.tokens.ndim]
+        if self.members is None:
+            fits = self.tokens.shape[-1] == count
+        else:
+            fits = not self.members.numel() or (
+                int(self.members.min()) >= 0 and int(self.members.max()) < count
+            )
+        if items != batch or not fits:
+            raise LayoutError(
+                f"an order {tuple(self.tokens.shape)} does not fit {count} captured tokens in "
+                f"{batch} batch items; it was made for other attention"
+            )
+
     def index(self, token: int, *, batch: int = 0) -> int:
         """The captured token that an original one is (part of).
 
@@ -69,10 +84,10 @@ class TokenOrder:
         return chosen[chosen >= 0]
 
     def spread(self, row: Tensor, count: int, *, batch: int = 0) -> Tensor:
-        """Weights over captured tokens `(…, n)` as weights over `count` original ones, `(…, count)`.
+        """Weights over captured tokens `(…, n)` as weights over `count` original ones.
 
-        Merged tokens share their weight equally; the weight of a token outside the layout is left
-        out, and originals that the model dropped get 0.
+        Returns `(…, count)`. Merged tokens share their weight equally; the weight of a token
+        outside the layout is left out, and originals that the model dropped get 0.
         """
         tokens, members = self._of(batch)
         tokens = tokens.to(row.device)

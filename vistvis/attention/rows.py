@@ -12,9 +12,10 @@ from torch import Tensor
 from vistvis.attention import arithmetic, indexing
 from vistvis.attention.checks import bytes_text
 from vistvis.attention.indexing import ALL, Block, Box
+from vistvis.attention.order import TokenOrder
 from vistvis.attention.site import SiteInfo
 from vistvis.attention.tensorlike import TensorLike
-from vistvis.errors import CaptureError, DenseLimitError
+from vistvis.errors import CaptureError, DenseLimitError, LayoutError
 from vistvis.progress import progress as bar
 
 Selection: TypeAlias = "SupportsIndex | slice | Sequence[int] | Tensor | None"
@@ -82,6 +83,41 @@ class LazyRows(TensorLike):
         if self._is_plain(batch, heads, queries):
             return self._one_row(batch, heads, queries).view(1, 1, 1, -1)
         return self._block(self._taken(batch, heads, queries, None))
+
+    def token_rows(
+        self, tokens: Selection, *, batch: SupportsIndex = 0, heads: Selection = None
+    ) -> Tensor:
+        """Rows of original query tokens, as weights over all original key tokens, `(h', Q, N)`.
+
+        Tokens are numbered as in the site's layouts, whatever the model did to them since: the
+        site's `query_order` says which captured ones they are, its `key_order` whose the weights
+        are (`TokenOrder.spread`). Without orders these are the captured tokens themselves, and N is
+        Nk; with a key order N is that of the key layout. `batch` is a batch item of the attention
+        (`SiteInfo.batch_item` of a picture), the other two are as in `rows`.
+
+        Cost: that of `rows`. `IndexOutOfRange` for a token that does not exist, or that the model
+        dropped before this site; `LayoutError` if an order does not fit.
+        """
+        item = self._whole(batch, 0)
+        (queries, query_order), (keys, key_order) = (self._originals(side) for side in (0, 1))
+        if query_order is not None:
+            chosen = indexing.taken(tokens, queries, "token", torch.device("cpu"))
+            numbers = torch.arange(queries)[chosen].tolist()
+            tokens = [query_order.index(number, batch=item) for number in numbers]
+        rows = self.rows(tokens, batch=item, heads=heads)[0]
+        return rows if key_order is None else key_order.spread(rows, keys, batch=item)
+
+    def _originals(self, side: int) -> tuple[int, TokenOrder | None]:
+        """How many original tokens the query or key side has, and its order."""
+        captured, site = self.shape[2 + side], self.site
+        order = None if site is None else (site.query_order, site.key_order)[side]
+        if site is None or order is None:
+            return captured, None
+        layout = (site.query_layout, site.key_layout)[side]
+        if layout is None:
+            raise LayoutError(f"{self._name()} has an order of tokens and no layout that it is of")
+        order.check(self.shape[0], captured)
+        return layout.num_tokens, order
 
     def row_blocks(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vistvis.attention.order import TokenOrder
-from vistvis.errors import InputError
+from vistvis.errors import IndexOutOfRange, InputError
 from vistvis.tokens import TokenLayout
 
 
@@ -70,6 +70,27 @@ class SiteInfo:
         """`(height, width)` of a key patch in pixels, where the layout is known."""
         layout = self.key_layout or self.query_layout
         return layout.patch_size if layout else None
+
+    def batch_item(self, batch: int, frame: int, *, frames: int) -> int:
+        """The batch item of the attention that holds a picture, of `frames` S in each of B scenes.
+
+        It is `batch` itself where frames are not folded into the batch; else `b · S + s`, where
+        `frame_order` says at which s the picture lies. `IndexOutOfRange` if it lies at none.
+        """
+        if not self.frames_in_batch:
+            return batch
+        if not (0 <= frame < frames and batch >= 0):
+            raise IndexOutOfRange(
+                f"frame {frame} of batch {batch} is outside the {frames} frames of {self.name!r}"
+            )
+        if self.frame_order is None:
+            return batch * frames + frame
+        if batch >= len(self.frame_order):
+            raise IndexOutOfRange(f"batch {batch} is outside 0…{len(self.frame_order) - 1}")
+        found = (self.frame_order[batch] == frame).nonzero()
+        if not len(found):
+            raise IndexOutOfRange(f"frame {frame} is not among those that {self.name!r} saw")
+        return batch * self.frame_order.shape[1] + int(found[0])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; orders are tensors, and not in it."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from vistvis.attention import Attention
+from vistvis.attention import Attention, SiteInfo
 from vistvis.decorators.paths import AttentionPath, StaticMetadata
 from vistvis.decorators.requests import FrameQuery, OverlayRequest, checked_index
 from vistvis.errors import InputError, LayoutError, StoreError
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which numbers of one layer are drawn: batch entry, query rows, keys of each key frame."""
+    """Which numbers of one layer are drawn: batch item, query tokens, keys of each key frame.
+
+    Tokens as they came into the model: `Attention.token_rows` takes and gives them so.
+    """
 
     batch: int
-    rows: tuple[int, ...]
+    tokens: tuple[int, ...]
     keys: tuple[slice, ...]
     grid: tuple[int, int]
 
@@ -92,11 +95,10 @@ class Layers(ABC):
                     f"{query.frame}, not of key_frame_idx {list(query.key_frames)}; ask for that "
                     "frame, or for other sites with layers="
                 )
-            batch = batch * self.layout.frames + query.frame
+            batch = site.batch_item(batch, query.frame, frames=self.layout.frames)
         if key_side.frames == 1 and len(query.key_frames) != 1:
             raise InputError(f"{name} has the keys of one frame: give one key_frame_idx")
-        # On a side of one frame that frame is the first, whichever it is of the pictures.
-        frame = query.frame if query_side.frames > 1 else 0
+        frame = self._query_frame(name, query.frame, site, query_side)
         key_frames = query.key_frames if key_side.frames > 1 else (0,)
         starts = [key_side.index(frame=k, patch=0) for k in key_frames]
         return Selection(
@@ -105,6 +107,21 @@ class Layers(ABC):
             tuple(slice(start, start + key_side.num_patches) for start in starts),
             key_side.grid,
         )
+
+    @staticmethod
+    def _query_frame(name: str, frame: int, site: SiteInfo | None, query_side: TokenLayout) -> int:
+        """The number of a frame on the query side."""
+        first = site.first_frame if site is not None else 0
+        if first:
+            # Keys of earlier frames come from a cache; queries are those of this pass alone.
+            if not first <= frame < first + query_side.frames:
+                raise InputError(
+                    f"{name} has the queries of frame {first} to {first + query_side.frames - 1} "
+                    f"(keys of others come from a cache), not of query_frame_idx {frame}"
+                )
+            return frame - first
+        # On a side of one frame that frame is the first, whichever it is of the pictures.
+        return frame if query_side.frames > 1 else 0
 
 
 class StoredLayers(Layers):
@@ -175,11 +192,17 @@ class RunLayers(Layers):
             )
 
     def sides(self, layer: Layer, attention: Attention) -> tuple[TokenLayout, TokenLayout]:
-        counts = attention.shape[2:]
+        site, counts = attention.site, list(attention.shape[2:])
+        # Through an order, rows are over the tokens of its layout, however many were captured.
+        if site is not None:
+            if site.query_order is not None and site.query_layout is not None:
+                counts[0] = site.query_layout.num_tokens
+            if site.key_order is not None and site.key_layout is not None:
+                counts[1] = site.key_layout.num_tokens
         query_side, key_side = self.layout.sides(*counts)
-        if self._own_layouts and attention.site is not None:
-            query_side = attention.site.query_layout or query_side
-            key_side = attention.site.key_layout or key_side
+        if self._own_layouts and site is not None:
+            query_side = site.query_layout or query_side
+            key_side = site.key_layout or key_side
         sides = []
         pairs = (("queries", query_side), ("keys", key_side))
         for (what, side), count in zip(pairs, counts, strict=True):

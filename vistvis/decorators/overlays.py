@@ -219,7 +219,7 @@ def _maps(
     Softmax has gone over all keys before any are left out.
     """
     numbers = None if "mean" in heads else [int(head) for head in heads]
-    rows = attention.rows(list(selection.rows), batch=selection.batch, heads=numbers)[0]
+    rows = attention.token_rows(list(selection.tokens), batch=selection.batch, heads=numbers)
     _check_rows(layer, attention, rows)
     by_frame = torch.stack([rows[..., keys] for keys in selection.keys])
     pattern = "frame head query (row col) -> head (query frame) row col"

@@ -30,8 +30,8 @@ class SiteRun(NamedTuple):
     before: ProjectionTap | None = None
 
 
-def settle(run: SiteRun, source: str | None) -> tuple[Reading, Attention]:
-    """The one reading of a run of a site, and its attention; `CaptureError` if there is none.
+def settle(run: SiteRun, source: str | None) -> list[tuple[Reading, Attention]]:
+    """The readings of a run of a site, and their attention; `CaptureError` if there is none.
 
     `source` takes only what was read so; None takes kernels before softmaxes.
     """
@@ -40,7 +40,7 @@ def settle(run: SiteRun, source: str | None) -> tuple[Reading, Attention]:
     if reading.attention is None:
         raise CaptureError(reading.error)
     _check_whole(reading.attention, run.sizes, run.returned)
-    return reading, reading.attention
+    return [(reading, reading.attention)]
 
 
 def _one(site: Site, readings: list[Reading], problems: list[str], source: str | None) -> Reading:

@@ -15,8 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vistvis.hooks.account import Account, Outside, aside
 from vistvis.hooks.finishing import Cut, Finisher
-from vistvis.hooks.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
+from vistvis.hooks.multihead import (
+    MULTIHEAD_FORWARD,
+    MultiheadReader,
+    encoder_layers,
+    fused_modules,
+)
 from vistvis.hooks.patching import Forward, Listener, attach, detach
 from vistvis.hooks.projections import ProjectionTap
 from vistvis.hooks.readings import Keeping, KernelReader, Notes
@@ -24,7 +30,7 @@ from vistvis.hooks.results import Options, Pass, Results
 from vistvis.hooks.settling import SiteRun
 from vistvis.hooks.tap import CompiledTap, Event, Hidden, KernelRan, KernelTap, PassBegan
 from vistvis.models.families import ENTRIES
-from vistvis.models.layouts import layout_from_model
+from vistvis.models.layouts import layout_of_inputs
 from vistvis.models.sites import Site, SiteList
 from vistvis.models.windows import window_cutter
 from vistvis.tokens import TokenLayout
@@ -39,6 +45,7 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.running: list[object] = []  # the sites inside each other that run just now
         self.current: Pass | None = None
+        self.account: Account | None = None
         self.loose: Pass | None = None
         self.depth = 0
 
@@ -47,7 +54,12 @@ class Watch:
     """Sits on a model and hands what its sites give to `results`, until `remove`."""
 
     def __init__(
-        self, model: nn.Module, sites: SiteList, options: Options, results: Results
+        self,
+        model: nn.Module,
+        every: SiteList,
+        sites: SiteList,
+        options: Options,
+        results: Results,
     ) -> None:
         self._model, self._options, self._results = model, options, results
         self._sites = {site.name: site for site in sites}
@@ -56,6 +68,9 @@ class Watch:
         self.events: list[Event] = []
         """What compiled code noted and nobody has read yet."""
         self._finisher = Finisher(options, results)
+        self._outside = Outside(
+            model, every, sites, options, results, self._keeping, finish=self._finish
+        )
         self._undo: list[Callable[[], None]] = []
         try:
             self._attach()
@@ -66,21 +81,33 @@ class Watch:
     def _attach(self) -> None:
         inner: nn.Module = getattr(self._model, "_orig_mod", self._model)
         for site in self._sites.values():
-            self._listen(site.module, self._site_listener(site))
+            # Inside of what takes accounts aside: PyTorch's own code is read where it is bare.
+            self._listen(site.module, self._site_listener(site), inside=True)
             cutter = window_cutter(inner, site.path, site.module)
             if cutter is not None:
                 self._listen(cutter, self._cutter_listener(site, cutter))
         modules = {site.module: site for site in self._sites.values()}
         for layer in encoder_layers(self._model, list(modules)):
-            self._listen(layer, self._encoder_listener(modules[layer.self_attn]))
+            self._listen(layer, self._encoder_listener(modules[layer.self_attn]), inside=True)
+        for module in self._outside.traced():
+            self._listen(module, self._tracing_listener())
+        for module in fused_modules(inner):
+            self._listen(module, self._aside_listener(module))
         self._listen(self._model, self._root_listener())
         for name in _entries(self._model):
             self._listen(self._model, _eager(partial(self._run_pass, entry=True)), name)
 
-    def _listen(self, module: nn.Module, listener: Listener, method: str = "forward") -> None:
+    def _listen(
+        self,
+        module: nn.Module,
+        listener: Listener,
+        method: str = "forward",
+        *,
+        inside: bool = False,
+    ) -> None:
         # The undo comes first: an interrupt between the two leaves nothing behind.
         self._undo.append(lambda: detach(module, listener, method=method))
-        attach(module, listener, method=method)
+        attach(module, listener, method=method, inside=inside)
 
     @property
     def attached(self) -> bool:
@@ -140,6 +167,33 @@ class Watch:
 
         return _eager(run)
 
+    def _tracing_listener(self) -> Listener:
+        """On a module that is no site, whose eager code may be attention all the same."""
+
+        def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
+            account = self._state.account
+            if account is None or self._state.running:
+                return original(*args, **kwargs)
+            with account.tracing():
+                return original(*args, **kwargs)
+
+        return _eager(run)
+
+    def _aside_listener(self, module: nn.Module) -> Listener:
+        """On a module that runs otherwise under a function mode: it runs without the account."""
+
+        def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
+            account = self._state.account
+            if account is None:
+                return original(*args, **kwargs)
+            with aside():
+                out = original(*args, **kwargs)
+            if not self._state.running:
+                account.ran(module)
+            return out
+
+        return _eager(run)
+
     # -- passes ----------------------------------------------------------------------------------
 
     def _run_pass(self, original: Forward, args: Args, kwargs: Kwargs, *, entry: bool) -> Any:
@@ -152,10 +206,13 @@ class Watch:
         if outer is None:
             self.drain()  # what compiled passes noted before this one is not this one's
             results.begin()
+            if type(self._model).__name__ != "OptimizedModule":
+                state.account = Account(self._outside, self._unclaimed, self._now)
         mine = state.current = Pass(self._layout_of(args, kwargs))
         state.depth += not entry
         try:
-            out = original(*args, **kwargs)
+            with (state.account if outer is None else None) or nullcontext():
+                out = original(*args, **kwargs)
         except BaseException:
             results.fail()
             raise
@@ -168,6 +225,7 @@ class Watch:
             state.depth -= not entry
             state.current = outer
             if outer is None:
+                state.account = None
                 results.end()
                 self._keeping.masks.clear()
 
@@ -181,6 +239,13 @@ class Watch:
             loose = state.loose = Pass(loose=True)
             self._results.passes += 1
         return loose
+
+    def _unclaimed(self) -> bool:
+        """Whether a kernel call of this thread is no running site's."""
+        return not self._state.running and not _recomputing()
+
+    def _now(self) -> Pass:
+        return self._current("")
 
     def _finish(self, run: SiteRun) -> None:
         self._finisher.finish(run, self._current(run.site.name))
@@ -243,12 +308,9 @@ class Watch:
         try:
             if layout is not None:
                 return layout(self._model, args, kwargs)
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor) and value.ndim in (4, 5):
-                    return layout_from_model(self._model, value)
+            return layout_of_inputs(self._model, args, kwargs)
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
-            pass  # nothing is known of this model: weights are exact all the same
-        return None
+            return None  # nothing is known of this model: weights are exact all the same
 
 
 def _eager(run: Listener, compiled: Listener | None = None) -> Listener:

@@ -1,4 +1,4 @@
-"""What is known of model families, in one place: names, exceptions, token layouts.
+"""What is known of model families, in one place: names, exceptions, the table of families.
 
 Most models need nothing here: attention modules are told by their code, heads and kinds by the
 words that everybody uses. docs/architecture.md says how to add a family.
@@ -7,14 +7,15 @@ words that everybody uses. docs/architecture.md says how to add a family.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
-from vistvis.errors import LayoutError
-from vistvis.tokens import TokenLayout
+from vistvis.models.family import Family, Role
+from vistvis.models.mixed import MIXED
+from vistvis.models.multiview import MULTIVIEW
 
 # -- names ---------------------------------------------------------------------------------------
 
@@ -32,10 +33,18 @@ ATTENTION_CLASS = re.compile(r"att(n|ention|end)|mhsa|msa\b|mixer", re.IGNORECAS
 WINDOW_SIZES = ("window_size", "partition_size")
 CUTS_FOR_ITSELF = "ShiftedWindowAttention"  # torchvision's: cuts and attends in one module
 # Ways into a model besides `forward`; a call of one is a pass of its own.
-ENTRIES = ("forward_", "encode_", "get_image_", "get_text_", "get_intermediate_", "extract_")
+ENTRIES = (
+    "forward_",
+    "encode_",
+    "get_image_",
+    "get_text_",
+    "get_intermediate_",
+    "extract_",
+    "infer",
+)
 
 KERNELS = frozenset({"scaled_dot_product_attention"})
-DISPATCHERS = frozenset({"ALL_ATTENTION_FUNCTIONS", "attention_interface"})
+DISPATCHERS = frozenset({"ALL_ATTENTION_FUNCTIONS", "attention_interface", "dispatch_attention_fn"})
 MULTIHEAD = frozenset({"multi_head_attention_forward"})
 SOFTMAX = frozenset({"softmax", "Softmax", "softmax_fp32", "_softmax"})
 # Kernels that hand nothing to torch functions; whether one runs is decided when the model runs.
@@ -124,98 +133,61 @@ def module_traits(module: nn.Module) -> ModuleTraits:
     return MODULES.get(cls.__name__, full)
 
 
-# -- layouts -------------------------------------------------------------------------------------
+# -- families ------------------------------------------------------------------------------------
 
-Shape: TypeAlias = "tuple[int, ...]"
-
-
-def grid_layout(
-    shape: Shape, patch_size: Any, special: tuple[str, ...], frames: int = 1
-) -> TokenLayout:
-    """The layout of pictures of this shape, cut into patches."""
-    down, across = patch_size if isinstance(patch_size, (tuple, list)) else (patch_size, patch_size)
-    height, width = shape[-2:]
-    rows, cols = height // int(down), width // int(across)
-    if not rows or not cols:
-        raise LayoutError(
-            f"pictures of {width}×{height} are smaller than one patch of {across}×{down}"
-        )
-    return TokenLayout(frames, (rows, cols), special, (int(down), int(across)))
+# Tried in order: the first that knows a module is its family.
+FAMILIES: tuple[Family, ...] = (*MULTIVIEW, *MIXED)
+_DEPTH = 6  # how far inside a model its families are looked for
 
 
-def _vggt(model: Any, shape: Shape) -> TokenLayout | None:
-    aggregator = getattr(model, "aggregator", model)
-    if not (hasattr(aggregator, "frame_blocks") and hasattr(aggregator, "global_blocks")):
-        return None
-    if shape[-3] != 3:
-        raise LayoutError(f"images are (S, 3, H, W) or (B, S, 3, H, W), got shape {shape}")
-    registers = getattr(aggregator, "register_token", None)
-    kinds = ["camera"] if hasattr(aggregator, "camera_token") else []
-    kinds += ["register"] * (registers.shape[2] if isinstance(registers, Tensor) else 0)
-    start = int(getattr(aggregator, "patch_start_idx", len(kinds)))
-    # A fork with other special tokens: their number is what counts, their names are unknown.
-    special = tuple(kinds) if start == len(kinds) else ("special",) * start
-    frames = shape[-4] if len(shape) > 3 else 1
-    return grid_layout(shape, getattr(aggregator, "patch_size", 14), special, frames)
+def parts_of(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
+    """The parts of a model that a family knows, by dotted name, outermost first.
+
+    Cost: a look at the modules outside all lists; no forward.
+    """
+    parts: dict[str, tuple[nn.Module, Family]] = {}
+    rest: deque[tuple[tuple[str, ...], nn.Module]] = deque([((), model)])
+    while rest:
+        path, module = rest.popleft()
+        family = next((family for family in FAMILIES if family.knows(module)), None)
+        if family is not None:
+            parts[".".join(path)] = module, family
+        elif len(path) < _DEPTH and not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            for name, child in module.named_children():
+                rest.append((path if name == "_orig_mod" else (*path, name), child))
+    return parts
 
 
-def _torchvision(model: Any, shape: Shape) -> TokenLayout | None:
-    if not type(model).__module__.startswith("torchvision.") or not hasattr(model, "class_token"):
-        return None
-    return grid_layout(shape, model.patch_size, ("cls",))
+def roles_of(model: nn.Module) -> dict[str, Role]:
+    """What is known of blocks and submodules, by dotted name; empty for a model of no family.
+
+    The model itself has the role that says nothing: heads and trackers beside what a family
+    describes have tokens of which nothing is known.
+    """
+    roles: dict[str, Role] = {}
+    for path, (module, family) in parts_of(model).items():
+        for name, role in family.blocks(module):
+            roles[f"{path}.{name}" if path else name] = role
+    return {"": Role(), **roles} if roles else {}
 
 
-def _hugging_face(model: Any, shape: Shape) -> TokenLayout | None:
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "model_type"):
-        return None
-    config = getattr(config, "vision_config", None) or config
-    patch = getattr(config, "patch_size", None)
-    family = str(config.model_type)
-    if patch is None or family.startswith(("swin", "sam", "pvt", "hiera")):
-        return None
-    registers = int(getattr(config, "num_register_tokens", 0) or 0)
-    special: tuple[str, ...] = ("cls",) + ("register",) * registers
-    if family.startswith(("siglip", "pixtral")) or family == "ijepa":
-        special = ()
-    elif family == "deit":
-        special = ("cls", "distillation")
-    elif not family.startswith(("vit", "dino", "clip", "beit", "chinese_clip", "metaclip")):
-        return None
-    return grid_layout(shape, patch, special)
+def role_at(roles: Mapping[str, Role], path: str) -> Role | None:
+    """The role of the site of this dotted name: its own, or that of the nearest block around it."""
+    while path and path not in roles:
+        path = path.rpartition(".")[0]
+    return roles.get(path)
 
 
-def _open_clip(model: Any, shape: Shape) -> TokenLayout | None:
-    visual = getattr(model, "visual", model)
-    if not hasattr(visual, "class_embedding") or not hasattr(visual, "patch_size"):
-        return None
-    return grid_layout(shape, visual.patch_size, ("cls",))
+def blocks_of(model: nn.Module) -> list[tuple[str, str, int]]:
+    """Dotted name, kind and number of the blocks of a multi-view model, in the order they run.
 
-
-def _timm(model: Any, shape: Shape) -> TokenLayout | None:
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is None or not hasattr(model, "blocks") or getattr(model, "stages", None) is not None:
-        return None
-    tokens = (("cls_token", "cls"), ("dist_token", "distillation"))
-    special = [kind for name, kind in tokens if getattr(model, name, None) is not None]
-    for name in ("reg_token", "register_tokens"):
-        registers = getattr(model, name, None)
-        if registers is not None:
-            special += ["register"] * int(registers.shape[1])
-            break
-    prefix = getattr(model, "num_prefix_tokens", None)
-    if prefix is not None and int(prefix) != len(special):
-        if int(prefix) < len(special) and getattr(model, "no_embed_class", None) is None:
-            return None
-        special = (special + ["special"] * int(prefix))[: int(prefix)]
-    return grid_layout(shape, patch, tuple(special))
-
-
-# Each says nothing (None) of a model that is not of its family; the first that knows it answers.
-LAYOUTS: tuple[Callable[[Any, Shape], TokenLayout | None], ...] = (
-    _vggt,
-    _torchvision,
-    _hugging_face,
-    _open_clip,
-    _timm,
-)
+    Kinds are "frame", "global", "register" and "cross". Numbers count within the kind, but where a
+    model's users know its blocks by one number for all kinds (Depth Anything 3, the inter-frame
+    blocks of VGGT-Ω) by that. Empty for a model that is of no multi-view family.
+    """
+    kinds = ("frame", "global", "register", "cross")
+    return [
+        (path, role.kind, role.block)
+        for path, role in roles_of(model).items()
+        if role.kind in kinds and role.block is not None
+    ]

@@ -8,7 +8,7 @@ works for classes that nobody has listed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias, overload
@@ -16,13 +16,12 @@ from typing import TypeAlias, overload
 import torch
 from torch import nn
 
-from vistvis.attention import SiteInfo, WindowInfo
 from vistvis.errors import InputError, SiteError
 from vistvis.models import families
 from vistvis.models.code import reached_names
 from vistvis.models.families import ModuleTraits, kind_and_block, module_traits
+from vistvis.models.family import Role
 from vistvis.names import few, matches, nearest
-from vistvis.tokens import TokenLayout
 
 Chooser: TypeAlias = "str | Sequence[str] | Callable[[Site], bool] | None"
 
@@ -32,11 +31,12 @@ class Site:
     """One attention module of a model.
 
     `name` is its dotted name, or the name that a front end gave it; `path` is always the dotted
-    one. `kind` is "self", "cross", "window", "frame" or "global". `heads` is None where the module
-    does not say. `source` says how its attention will be read: "kernel" (what reaches
+    one. `kind` is "self", "cross", "window", "frame", "global" or "register". `heads` is None where
+    the module does not say. `source` says how its attention will be read: "kernel" (what reaches
     `scaled_dot_product_attention`), "softmax" (the weights that eager code computes), "module"
     (`nn.MultiheadAttention`), or "kernel or softmax" where the module decides when it runs.
-    `refused` is the reason why it can't be read, or empty.
+    `refused` is the reason why it can't be read, or empty. `role` is what the model's family says
+    of it, if one is known.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Site:
     block: int | None = None
     refused: str = ""
     path: str = ""
+    role: Role | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", self.path or self.name)
@@ -63,37 +64,6 @@ class Site:
     def matches(self, pattern: str) -> bool:
         """Whether a name or glob means this site, by its name or its dotted one."""
         return matches(pattern, self.name) or matches(pattern, self.path)
-
-    def info(
-        self,
-        shape: Sequence[int],
-        *,
-        source: str,
-        rope: bool | None,
-        layout: TokenLayout | None,
-        window: WindowInfo | None,
-    ) -> SiteInfo:
-        """What attention `(B, h, Nq, Nk)` carries; `layout` is that of all pictures of the pass."""
-        query_layout = key_layout = None
-        frames_in_batch = False
-        if layout is not None:
-            batch, _, *sizes = shape
-            query_layout, key_layout = layout.sides(*sizes)
-            folded = self.kind == "frame" or (layout.frames > 1 and batch % layout.frames == 0)
-            frames_in_batch = folded and query_layout == layout.frame_layout()
-        return SiteInfo(
-            name=self.name,
-            path=self.path,
-            kind="window" if window else self.kind,
-            block=self.block,
-            module=self.type,
-            query_layout=query_layout,
-            key_layout=key_layout,
-            frames_in_batch=frames_in_batch,
-            rope=rope,
-            source=source,
-            window=window,
-        )
 
     def __str__(self) -> str:
         heads = f"{self.heads} heads" if self.heads else "heads unknown"
@@ -163,20 +133,52 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def find_sites(model: nn.Module) -> SiteList:
-    """List the attention modules of a model, in the order of `model.named_modules()`.
+    """The attention modules that a model's code shows, in the order of `model.named_modules()`."""
+    sites = [_site(name, module) for name, module in named_modules(model)]
+    roles = families.roles_of(model)
+    return SiteList(_in_role(site, roles) for site in sites if site is not None)
 
-    Each with its name, kind ("self", "cross", "window", "frame", "global"), heads where the module
-    says, and how queries and keys will be read, or why they can't be. It prints as a table.
 
-    Cost: looks at every module's class once; no forward.
-    """
-    sites = []
+def _in_role(site: Site, roles: Mapping[str, Role]) -> Site:
+    """A site as its model's family knows it."""
+    role = families.role_at(roles, site.path)
+    if role is None:
+        return site
+    block = site.block if role.block is None else role.block
+    return replace(site, kind=role.kind or site.kind, block=block, role=role)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model under the names of sites: a root is called by its class."""
     for name, module in model.named_modules():
         if module is not model and type(module).__name__ == "OptimizedModule":
             continue
         clean = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        sites.append(_site(clean or type(module).__name__, module))
-    return SiteList(site for site in sites if site is not None)
+        yield clean or type(module).__name__, module
+
+
+def seen_site(name: str, module: nn.Module, source: str, roles: Mapping[str, Role]) -> Site:
+    """A site that only a pass has shown: the module that was running when a kernel was called.
+
+    `roles` are what its model's family knows.
+    """
+    plain = name.split("#")[0]
+    kind, block = _kind_and_block(plain, module)
+    site = Site(plain, module, kind, _heads(module), source, block)
+    return replace(_in_role(site, roles), name=name, path=name)
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's own, a part of what calls it."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def names_softmax(module: nn.Module) -> bool:
+    """Whether a module's own code mentions a softmax, whatever it is for."""
+    if is_torchs(module):
+        return False
+    soft = bool(reached_names(module) & families.SOFTMAX)
+    return soft or any(isinstance(child, nn.Softmax) for child in module.children())
 
 
 def choose_sites(sites: SiteList, chooser: Chooser) -> SiteList:
@@ -212,7 +214,10 @@ def choose_sites(sites: SiteList, chooser: Chooser) -> SiteList:
 def _no_match(pattern: str, sites: SiteList) -> str:
     near = nearest(pattern, sites.names, cutoff=0.3)
     hint = f"nearest: {', '.join(near)}" if near else _some(sites.names)
-    return f"no site {pattern!r}: {hint}; list them with find_sites(model)"
+    return (
+        f"no site {pattern!r}: {hint}; list them with find_sites(model). With sites=None calls "
+        "outside of these are kept, too; find_sites(model, example=…) lists them"
+    )
 
 
 def _readable(chosen: Sequence[Site], sites: SiteList) -> SiteList:
@@ -244,21 +249,26 @@ def _site(name: str, module: nn.Module) -> Site | None:
     source = _source(module)
     if not source:
         return None
-    kind, block = kind_and_block(name, type_name)
+    kind, block = _kind_and_block(name, module)
     return Site(name, module, kind, _heads(module), source, block)
+
+
+def _kind_and_block(name: str, module: nn.Module) -> tuple[str, int | None]:
+    kind, block = kind_and_block(name, type(module).__name__)
+    crossing = getattr(module, "is_cross_attention", False) is True
+    return ("cross" if crossing and kind == "self" else kind), block
 
 
 def _source(module: nn.Module) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return "module"
-    if type(module).__module__.startswith("torch.nn."):
+    if is_torchs(module):
         return ""
-    names = reached_names(type(module))
+    names = reached_names(module)
     if names & families.MULTIHEAD:
         return "kernel"
     fused = bool(names & (families.KERNELS | families.DISPATCHERS))
-    soft = bool(names & families.SOFTMAX)
-    soft = soft or any(isinstance(child, nn.Softmax) for child in module.children())
+    soft = names_softmax(module)
     if fused:
         fused_flag = getattr(module, "fused_attn", None)
         if fused_flag is False and soft:

@@ -21,6 +21,7 @@ from vistvis.files import checked_name, version
 from vistvis.images import image_tensor
 from vistvis.names import few
 from vistvis.progress import progress as bar
+from vistvis.store.codec import check_storable
 from vistvis.store.folders import folder_of, reported
 from vistvis.store.ledger import Ledger
 from vistvis.store.manifest import Manifest
@@ -120,8 +121,8 @@ class RunWriter:
 
         Q and K are not copied before they are written. If they are written into meanwhile, that is
         noticed and the site is not stored. StoreError if a site handed over before could not be
-        written; InputError if `name` can't name a file or was written already, or `attention` is no
-        `Attention`.
+        written, or if this one has an order, segments or functions of indices; InputError if `name`
+        can't name a file or was written already, or `attention` is no `Attention`.
         """
         _site_names([name])
         if not isinstance(attention, Attention):
@@ -134,6 +135,7 @@ class RunWriter:
                 f"site {name!r} was written to {self._folder.root} already; a run holds one "
                 "forward pass, so give each pass a run of its own"
             )
+        check_storable(attention)
         self._put(functools.partial(self._add, name, attention, _event_of(attention)))
         self._given.add(name)
 
@@ -241,6 +243,9 @@ def save_run(
     names = _site_names(captured)
     if not names:
         raise InputError("there is nothing to store: the mapping has no site")
+    for name in names:
+        if isinstance(captured[name], Attention):
+            check_storable(captured[name])
     with RunWriter(
         path,
         expected=names,
