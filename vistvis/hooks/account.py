@@ -19,6 +19,8 @@ from torch.overrides import (
 )
 
 from vistvis.hooks.flow import PRODUCTS, SOFTMAX, Flow
+from vistvis.hooks.fused import read_call
+from vistvis.hooks.kernels import KernelCall
 from vistvis.hooks.multihead import MULTIHEAD_FORWARD, MultiheadReader
 from vistvis.hooks.readings import (
     SDPA,
@@ -185,6 +187,17 @@ class Account(TorchFunctionMode):
         elif self._flows:
             self._flows[-1].follow(func, args, kwargs, out)
         return out
+
+    def hear(self, call: KernelCall) -> None:
+        """A call of a kernel that is a Python function."""
+
+        def read(reader: KernelReader) -> Notes:
+            notes = Notes()
+            notes.take("kernel", lambda: read_call(*call, reader))
+            return notes
+
+        if self._active():
+            self.saw(call.name, "kernel", read)
 
     def saw(self, kernel: str, source: str, read: Read) -> None:
         """A kernel call that is no running site's."""

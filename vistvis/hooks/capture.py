@@ -108,7 +108,8 @@ def capture(
 class Capture(Mapping[str, Attention]):
     """Captured attention by site name, in model order; made by `capture`.
 
-    A site that could not be read is in the mapping too, and raises the reason.
+    A site that could not be read is in the mapping too, and raises the reason; but for one that ran
+    several times in a pass and was not asked for: that one only raises it when it is looked up.
     """
 
     def __init__(
@@ -200,7 +201,10 @@ class Capture(Mapping[str, Attention]):
         """Sites that gave something in what is kept: attention, or a reason why there is none."""
         self._watch.drain()
         results = self._results
-        return [n for n in self._sites if n in results.attention or n in results.errors]
+        names = [n for n in self._sites if n in results.attention or n in results.errors]
+        # Heads that iterate, and that nobody asked for, are told of, and don't spoil a walk.
+        rest = [n for n in names if n not in results.repeated]
+        return names if self._options.asked else rest or names
 
     def _site(self, name: str) -> Site:
         site = self._sites.get(self._names.get(name, name))

@@ -85,6 +85,8 @@ class Finisher(threading.local):
             part = "#" in site.name or attention.shape[2] != attention.shape[3]
             known = None if outside and part else layout
             info = self._info(site, attention, source, known)
+            if run.placing is not None:
+                info = run.placing.onto(info, attention.shape)
             given.append((site.name, attention.with_site(info)))
         return given
 

@@ -7,28 +7,20 @@ from collections.abc import Mapping
 from torch import nn
 
 from vistvis.hooks.results import Call
-from vistvis.models.code import reached_names
-from vistvis.models.families import unreadable_packages
 from vistvis.models.sites import Site, SiteList
 
 
 def why_unseen(site: Site) -> str:
     """Why a site that ran showed no kernel call."""
-    unreadable = unreadable_packages(reached_names(site.module))
     implementation = getattr(getattr(site.module, "config", None), "_attn_implementation", None)
     if implementation not in (None, "sdpa", "eager"):
         return (
-            f"its kernel is {implementation!r}, which can't be read; load the model with "
+            f"its kernel is {implementation!r}, and no call of it was seen; load the model with "
             'attn_implementation="sdpa"'
         )
-    if unreadable:
-        return (
-            f"ran without a kernel call that can be seen: it can call {', '.join(unreadable)}, "
-            "which can't be read; switch that off"
-        )
     return (
-        "ran without a kernel call that can be seen (no scaled_dot_product_attention, no "
-        "softmax over a product of queries and keys)"
+        "ran without a kernel call that can be seen (no scaled_dot_product_attention or other "
+        "known kernel, no softmax over a product of queries and keys)"
     )
 
 

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from vistvis.hooks.account import Account, Outside, aside
 from vistvis.hooks.finishing import Cut, Finisher
+from vistvis.hooks.fused import read_call
+from vistvis.hooks.kernels import KernelCall, link, listening, unlink
 from vistvis.hooks.multihead import (
     MULTIHEAD_FORWARD,
     MultiheadReader,
     encoder_layers,
     fused_modules,
 )
+from vistvis.hooks.order import Orders
 from vistvis.hooks.patching import Forward, Listener, attach, detach
 from vistvis.hooks.projections import ProjectionTap
 from vistvis.hooks.readings import Keeping, KernelReader, Notes
@@ -71,6 +74,7 @@ class Watch:
         self._outside = Outside(
             model, every, sites, options, results, self._keeping, finish=self._finish
         )
+        self._orders = Orders()
         self._undo: list[Callable[[], None]] = []
         try:
             self._attach()
@@ -93,9 +97,14 @@ class Watch:
             self._listen(module, self._tracing_listener())
         for module in fused_modules(inner):
             self._listen(module, self._aside_listener(module))
+        self._undo.append(partial(unlink, self))
+        link(self, inner)
         self._listen(self._model, self._root_listener())
         for name in _entries(self._model):
             self._listen(self._model, _eager(partial(self._run_pass, entry=True)), name)
+        # Last, so that the listeners above meet the modules' own forwards.
+        for owner, listener, name in self._orders.listeners(inner, list(self._sites.values())):
+            self._listen(owner, _eager(listener), name)
 
     def _listen(
         self,
@@ -211,7 +220,9 @@ class Watch:
         mine = state.current = Pass(self._layout_of(args, kwargs))
         state.depth += not entry
         try:
-            with (state.account if outer is None else None) or nullcontext():
+            account = state.account if outer is None else None
+            ears = listening(self, account.hear) if account else nullcontext()
+            with self._orders.passing(mine.layout), ears, account or nullcontext():
                 out = original(*args, **kwargs)
         except BaseException:
             results.fail()
@@ -248,7 +259,8 @@ class Watch:
         return self._current("")
 
     def _finish(self, run: SiteRun) -> None:
-        self._finisher.finish(run, self._current(run.site.name))
+        with aside():  # what is computed here is not the model's
+            self._finisher.finish(run, self._current(run.site.name))
 
     def drain(self, into: Pass | None = None) -> None:
         """Read what compiled code noted, into a pass that is running or passes of their own."""
@@ -279,26 +291,34 @@ class Watch:
         multihead = MultiheadReader(self._keeping)
         if multihead.can_run(original):
             out = multihead.run(original, args, kwargs)
-            self._finish(SiteRun(site, multihead.notes))
+            placing = self._orders.of(site, args, kwargs)
+            self._finish(SiteRun(site, multihead.notes, placing=placing))
             return out
         sizes = _sizes(args, kwargs)
         batch = sizes[0] if sizes else None
         running, mark = self._state.running, object()
+        reader = KernelReader(self._keeping, site.heads, batch, site.traits.heads_at)
+        notes = multihead.notes
+
+        def hear(call: KernelCall) -> None:
+            notes.take("kernel", lambda: read_call(*call, reader))
+
         tap = KernelTap(
-            KernelReader(self._keeping, site.heads, batch, site.traits.heads_at),
-            multihead.notes,
+            reader,
+            notes,
             active=lambda: running[-1] is mark,
             instead={MULTIHEAD_FORWARD: multihead.multi_head_attention},
         )
         before = ProjectionTap(site.module) if self._options.projections else None
         running.append(mark)
         try:
-            with before or nullcontext(), tap:
+            with before or nullcontext(), tap, listening(self, hear):
                 out = original(*args, **kwargs)
         finally:
             running.pop()
         returned = _sizes(out if isinstance(out, (tuple, list)) else (out,), {})
-        self._finish(SiteRun(site, multihead.notes, sizes, returned, before))
+        placing = self._orders.of(site, args, kwargs)
+        self._finish(SiteRun(site, notes, sizes, returned, before, placing))
         return out
 
     def _layout_of(self, args: Args, kwargs: Kwargs) -> TokenLayout | None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from vistvis.models.families import APPROXIMATIONS, KERNELS
+
 # Weak, so that classes made in a loop (tests, notebooks) can go.
 _REACHED: weakref.WeakKeyDictionary[type, dict[tuple[type, ...], frozenset[str]]] = (
     weakref.WeakKeyDictionary()
@@ -73,6 +75,8 @@ def _reach(
                     _reach(inspect.unwrap(call), (type(method), cls), names, seen, depth + 1)
             elif not _is_torch(method):
                 _reach(inspect.unwrap(method), classes, names, seen, depth + 1)
+        if name in KERNELS or name in APPROXIMATIONS:
+            continue  # what a kernel calls in turn is its own
         called = function.__globals__.get(name)
         called = called if called is None else inspect.unwrap(called)
         if isinstance(called, FunctionType) and not _is_torch(called):

@@ -43,25 +43,51 @@ ENTRIES = (
     "infer",
 )
 
-KERNELS = frozenset({"scaled_dot_product_attention"})
+FLASH = frozenset(
+    f"flash_attn_{name}"
+    for name in (
+        *("func", "qkvpacked_func", "kvpacked_func", "with_kvcache"),
+        *("varlen_func", "varlen_qkvpacked_func", "varlen_kvpacked_func"),
+    )
+)
+XFORMERS = frozenset({"memory_efficient_attention", "memory_efficient_attention_forward"})
+FLEX = frozenset({"flex_attention", "compile_friendly_flex_attention"})
+KERNELS = frozenset({"scaled_dot_product_attention", "varlen_attn"}) | FLASH | XFORMERS | FLEX
 DISPATCHERS = frozenset({"ALL_ATTENTION_FUNCTIONS", "attention_interface", "dispatch_attention_fn"})
 MULTIHEAD = frozenset({"multi_head_attention_forward"})
 SOFTMAX = frozenset({"softmax", "Softmax", "softmax_fp32", "_softmax"})
-# Kernels that hand nothing to torch functions; whether one runs is decided when the model runs.
-UNREADABLE = {
-    "memory_efficient_attention": "xformers",
-    "flash_attn_func": "flash-attn",
-    "flash_attn_varlen_func": "flash-attn",
-    "flash_attn_qkvpacked_func": "flash-attn",
-    "flash_attn_varlen_qkvpacked_func": "flash-attn",
-    "flash_attn_kvpacked_func": "flash-attn",
-    "flex_attention": "flex_attention",
+# What merges tokens inside an attention module: gives two functions, to merge and to undo it.
+MERGES = frozenset({"token_merge_bipartite2d"})
+
+_QUANTISED = (
+    "SageAttention, which rounds queries and keys to 8 or 4 bits: what it uses is not the softmax "
+    "of the queries and keys that it gets"
+)
+_SPARSE = (
+    "block-sparse, and leaves out keys by estimates of its own: what it uses is not the softmax "
+    "over all keys"
+)
+# Kernels whose weights are not the softmax of the queries and keys that they get, and why.
+APPROXIMATIONS = {
+    "sageattn": _QUANTISED,
+    "sageattn_varlen": _QUANTISED,
+    "sageattn_qk_int8_pv_fp16_cuda": _QUANTISED,
+    "sageattn_qk_int8_pv_fp16_triton": _QUANTISED,
+    "sageattn_qk_int8_pv_fp8_cuda": _QUANTISED,
+    "sageattn_qk_int8_pv_fp8_cuda_sm90": _QUANTISED,
+    "sageattn3_blackwell": _QUANTISED,
+    "block_sparse_attn_func": _SPARSE,
+    "block_sparse_sage2_attn_cuda": _SPARSE,
+    "spas_sage_attn_meansim_cuda": _SPARSE,
+    "spas_sage2_attn_meansim_cuda": _SPARSE,
+    "spas_sage2_attn_meansim_topk_cuda": _SPARSE,
 }
 
 
-def unreadable_packages(names: frozenset[str]) -> list[str]:
-    """Packages of the unreadable kernels among names of code."""
-    return sorted({UNREADABLE[name] for name in names & UNREADABLE.keys()})
+def why_approximate(names: frozenset[str]) -> str:
+    """Why the approximations among names of code can't be read, or nothing."""
+    found = sorted(names & APPROXIMATIONS.keys())
+    return f"its kernel {found[0]} is {APPROXIMATIONS[found[0]]}" if found else ""
 
 
 def kind_and_block(name: str, type_name: str) -> tuple[str, int | None]:

@@ -243,10 +243,11 @@ def _site(name: str, module: nn.Module) -> Site | None:
         if families.ATTENTION_CLASS.search(original):
             return Site(name, module, refused=f"TorchScript ({original}) shows no kernel call")
         return None
-    refused = module_traits(module).refused
+    source, refused = _source(module), module_traits(module).refused
+    if not (source or refused):
+        refused = families.why_approximate(reached_names(module))
     if refused:
         return Site(name, module, heads=_heads(module), refused=refused)
-    source = _source(module)
     if not source:
         return None
     kind, block = _kind_and_block(name, module)
@@ -276,8 +277,7 @@ def _source(module: nn.Module) -> str:
         return "kernel or softmax" if soft and fused_flag is None else "kernel"
     if soft and _looks_like_attention(module):
         return "softmax"
-    packages = families.unreadable_packages(names)
-    return f"nothing ({', '.join(packages)} only)" if packages else ""
+    return ""
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

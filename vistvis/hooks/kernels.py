@@ -1,0 +1,189 @@
+"""Seeing calls of kernels that are Python functions: flash_attn, xformers, flex_attention, …
+
+Torch functions are seen by a function mode; these are not. Code finds them by a name in a module,
+so while a model is watched such names lead to a wrapper: wherever a kernel is bound in any loaded
+module, or on a module of the model, under whatever name. None of their packages is imported. The
+wrapper runs the kernel as it is, and tells those that listen in this thread what it got and gave.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import nn
+from torch._C import _pop_torch_function_stack, _push_on_torch_function_stack
+
+from vistvis.models.families import APPROXIMATIONS, FLASH, FLEX, KERNELS, XFORMERS
+
+NAMES = (KERNELS | APPROXIMATIONS.keys()) - {"scaled_dot_product_attention"}
+# Parameters by which the kernel is told from other functions of its name.
+_SIGNS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(FLASH, ("softmax_scale", "causal")),
+    **dict.fromkeys(XFORMERS, ("query", "key", "value", "attn_bias")),
+    **dict.fromkeys(FLEX, ("query", "key", "value")),
+    "flex_attention": ("score_mod", "block_mask"),
+    "varlen_attn": ("cu_seq_q", "cu_seq_k"),
+}
+
+
+class KernelCall(NamedTuple):
+    """One call of a kernel: under which name, what was called with what, and what came out."""
+
+    name: str
+    kernel: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+
+Hear: TypeAlias = Callable[[KernelCall], None]
+
+
+class _Ears(threading.local):
+    """Who listens in this thread: owners with what they hear with, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[object, Hear]] = []
+
+
+_EARS = _Ears()
+_LOCK = threading.RLock()
+_OWNERS: dict[object, nn.Module] = {}  # what watches which model
+_WRAPPERS: dict[int, Callable[..., Any]] = {}  # by the id of the kernel, which each one holds
+_KERNELS: dict[int, Callable[..., Any]] = {}  # by the id of the wrapper
+
+
+@contextmanager
+def listening(owner: object, hear: Hear) -> Iterator[None]:
+    """Hear this thread's kernel calls; of one owner only the innermost hears a call."""
+    _EARS.stack.append((owner, hear))
+    try:
+        yield
+    finally:
+        _EARS.stack.pop()
+
+
+def link(owner: object, model: nn.Module) -> None:
+    """Lead the names of kernels to wrappers, until `unlink(owner)`.
+
+    Cost: some 10 ms for 3,000 loaded modules. Kernels loaded later are not seen.
+    """
+    with _LOCK:
+        _OWNERS[owner] = model
+        spaces = [*_loaded(), *_instances(model)]
+        for names in spaces:
+            for name in NAMES & names.keys():
+                if _is_kernel(name, names[name]):
+                    _wrapper(name, names[name])
+        for value in _compiled(model):
+            name = value._torchdynamo_orig_callable.__name__
+            if name in NAMES and _is_kernel(name, value):
+                _wrapper(name, value)
+        _replace(spaces, _WRAPPERS)
+
+
+def unlink(owner: object) -> None:
+    """Lead them to the kernels again, but for what others watch. Twice does no harm."""
+    with _LOCK:
+        if owner not in _OWNERS:
+            return
+        rest = [model for one, model in _OWNERS.items() if one is not owner]
+        watched = {id(names) for model in rest for names in _instances(model)}
+        mine = [names for names in _instances(_OWNERS[owner]) if id(names) not in watched]
+        # A module that was loaded meanwhile may have bound a wrapper: all are looked through.
+        _replace(mine if rest else [*mine, *_loaded()], _KERNELS)
+        del _OWNERS[owner]
+
+
+def _loaded() -> Iterator[dict[str, Any]]:
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", None)
+        if type(names) is dict and names is not globals():
+            yield names
+
+
+def _instances(model: nn.Module) -> Iterator[dict[str, Any]]:
+    return (vars(module) for module in model.modules())
+
+
+def _compiled(model: nn.Module) -> Iterator[Any]:
+    """What `torch.compile` made, bound in a module's own namespace or that of its class."""
+    files = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    for names in (
+        *(vars(sys.modules[file]) for file in files & sys.modules.keys()),
+        *_instances(model),
+    ):
+        for value in list(names.values()):
+            if type(value) is FunctionType and hasattr(value, "_torchdynamo_orig_callable"):
+                yield value
+
+
+def _replace(spaces: Sequence[dict[str, Any]], by: dict[int, Callable[..., Any]]) -> None:
+    """Put one callable for another wherever it is bound."""
+    olds = by.keys()
+    for names in spaces:
+        if not olds.isdisjoint(map(id, names.values())):
+            for name, value in list(names.items()):
+                if id(value) in olds:
+                    names[name] = by[id(value)]
+
+
+def _is_kernel(name: str, value: Any) -> bool:
+    if id(value) in _KERNELS:
+        return False
+    if name in APPROXIMATIONS:
+        return callable(value) and not isinstance(value, type)
+    # Not torch's operator of the same name, which `flex_attention` ends in.
+    if type(value) is not FunctionType:
+        return False
+    parameters = inspect.signature(value).parameters
+    return all(sign in parameters for sign in _SIGNS[name])
+
+
+def _wrapper(name: str, kernel: Callable[..., Any]) -> None:
+    if id(kernel) in _WRAPPERS:
+        return
+
+    # Not what `torch.compile` keeps on its functions: the wrapper would be taken for one.
+    @functools.wraps(kernel, updated=())
+    def call_kernel(*args: Any, **kwargs: Any) -> Any:
+        # Dynamo must not come to what it can't trace.
+        if torch.compiler.is_compiling() or not _EARS.stack:
+            return kernel(*args, **kwargs)
+        ears, _EARS.stack = _EARS.stack, []  # what a kernel calls is its own business
+        try:
+            with _no_modes():
+                out = kernel(*args, **kwargs)
+        finally:
+            _EARS.stack = ears
+        call = KernelCall(name, kernel, args, kwargs, out)
+        for hear in dict(ears).values():
+            hear(call)
+        return out
+
+    _KERNELS[id(call_kernel)] = kernel
+    _WRAPPERS[id(kernel)] = call_kernel
+
+
+@contextmanager
+def _no_modes() -> Iterator[None]:
+    """Without our function modes: Dynamo, which `flex_attention` goes through, would trace them."""
+    taken = [_pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
+    kept = [mode for mode in taken if not type(mode).__module__.startswith("vistvis.")]
+    for mode in kept:
+        _push_on_torch_function_stack(mode)
+    try:
+        yield
+    finally:
+        for _ in kept:
+            _pop_torch_function_stack()
+        for mode in taken:
+            _push_on_torch_function_stack(mode)
