@@ -18,6 +18,15 @@ WIDTH, HEADS = 64, 4
 _TINY = {"embed_dim": WIDTH, "num_heads": HEADS}
 
 
+def quiet(model: nn.Module, *layers: str, share: float = 0.05) -> nn.Module:
+    """Scale what branches add, where no gate does it: a token stays itself through all blocks."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rsplit(".", 2)[-2] in layers:
+                parameter.mul_(share)
+    return model
+
+
 def run_batch(model: nn.Module, images: Tensor) -> object:
     """Pictures as one scene: `(1, S, 3, H, W)`."""
     return model(images[None])
@@ -63,6 +72,11 @@ def build_depth_anything(folder: Path) -> nn.Module:
         encoder(dim_out=WIDTH, trunk_depth=1, num_heads=HEADS),
     )
     return built
+
+
+def unlike_pictures() -> Tensor:
+    """Unlike enough that a dyed patch leaves the choice of the reference view as it is."""
+    return torch.rand(4, 3, 42, 56) * torch.tensor([0.5, 0.2, 0.3, 0.9])[:, None, None, None]
 
 
 def run_middle_first(model: nn.Module, images: Tensor) -> object:
@@ -199,6 +213,7 @@ def run_map_anything(model: nn.Module, images: Tensor) -> object:
 
 # -- CroCo, DUSt3R, MASt3R -------------------------------------------------------------------------
 
+_BRANCHES = ("proj", "fc2")
 _CROCO = {
     "enc_embed_dim": WIDTH,
     "enc_depth": 2,
@@ -213,13 +228,12 @@ _CROCO = {
 def build_croco(folder: Path) -> nn.Module:
     net = importlib.import_module("models.croco").CroCoNet
     square = {"img_size": (64, 64)}
-    built: nn.Module = net(**{**_CROCO, **square}, pos_embed="RoPE100", mask_ratio=0.5)
-    return built
+    return quiet(net(**{**_CROCO, **square}, pos_embed="RoPE100", mask_ratio=0.5), *_BRANCHES)
 
 
 def run_croco(model: nn.Module, images: Tensor) -> object:
-    # Which patches are hidden is drawn anew in each pass.
-    torch.manual_seed(1)
+    # Which patches are hidden is drawn anew in each pass; with this seed those dyed are not.
+    torch.manual_seed(8)
     return model(images[:1], images[1:])
 
 
@@ -234,18 +248,15 @@ _HEAD = {
 
 def build_dust3r(folder: Path) -> nn.Module:
     net = importlib.import_module("dust3r.model").AsymmetricCroCo3DStereo
-    built: nn.Module = net(**_CROCO, **_HEAD)
-    return built
+    return quiet(net(**_CROCO, **_HEAD), *_BRANCHES)
 
 
 def build_mast3r(folder: Path) -> nn.Module:
     net = importlib.import_module("mast3r.model").AsymmetricMASt3R
     # Its head takes no fewer than 10 blocks.
     given = {"head_type": "catmlp+dpt", "output_mode": "pts3d+desc24", "dec_depth": 10}
-    built: nn.Module = net(
-        **{**_CROCO, **_HEAD, **given}, desc_conf_mode=("exp", 0, math.inf), two_confs=True
-    )
-    return built
+    confidence = {"desc_conf_mode": ("exp", 0, math.inf), "two_confs": True}
+    return quiet(net(**{**_CROCO, **_HEAD, **given}, **confidence), *_BRANCHES)
 
 
 def run_pair(model: nn.Module, images: Tensor) -> object:
@@ -280,8 +291,7 @@ def build_cut3r(folder: Path) -> nn.Module:
         landscape_only=False,
     )
     config.output_mode = "pts3d+pose"
-    built: nn.Module = module.ARCroco3DStereo(config)
-    return built
+    return quiet(module.ARCroco3DStereo(config), *_BRANCHES)
 
 
 def run_cut3r(model: nn.Module, images: Tensor) -> object:
@@ -341,14 +351,24 @@ def build_loftr(folder: Path, *, attention: str = "linear") -> nn.Module:
     config["coarse"].update(d_model=32, d_ffn=32, nhead=4, attention=attention)
     config["coarse"]["layer_names"] = ["self", "cross"]
     config["fine"].update(d_model=16, d_ffn=16, nhead=4, attention=attention)
-    # Untrained features match nowhere; the fine layers must run too.
     config["match_coarse"].update(thr=0.0, border_rm=0)
-    built: nn.Module = module.LoFTR(config)
-    return built
+    model = module.LoFTR(config)
+    matching = model.coarse_matching
+    # Untrained features match anywhere; each cell matches the one in its place, so that the fine
+    # layers always run on the same.
+    match = matching.get_coarse_match
+    matching.get_coarse_match = lambda conf, data: match(torch.eye(conf.shape[1])[None], data)
+    return quiet(model, "merge", "mlp")
 
 
 def build_loftr_full(folder: Path) -> nn.Module:
     return build_loftr(folder, attention="full")
+
+
+_MATCHING = {
+    "coarse_matching": "the product of a softmax over rows and one over columns: no values",
+    "fine_matching": "where in a window a match lies",
+}
 
 
 def run_loftr(model: nn.Module, images: Tensor) -> object:
@@ -523,7 +543,7 @@ MODELS = [
         "Depth Anything 3, saddle",
         "Depth-Anything-3",
         build_depth_anything,
-        pictures(4, 3, 4),
+        unlike_pictures,
         run=run_batch,
         paths=("src",),
     ),
@@ -570,7 +590,15 @@ MODELS = [
         paths=("lightglue",),
         note="Keypoints are the centres of patches; pruning and early stopping are off.",
     ),
-    Model("LoFTR", "LoFTR", build_loftr, pictures(2, 4, 6, 8), patch=8, run=run_loftr),
+    Model(
+        "LoFTR",
+        "LoFTR",
+        build_loftr,
+        pictures(2, 4, 6, 8),
+        patch=8,
+        run=run_loftr,
+        not_attention=_MATCHING,
+    ),
     Model(
         "LoFTR, full attention",
         "LoFTR",
@@ -578,6 +606,8 @@ MODELS = [
         pictures(2, 4, 6, 8),
         patch=8,
         run=run_loftr,
+        not_attention=_MATCHING,
+        note="Matches are those of equal places.",
     ),
     Model("DINOv2", "dinov2", build_dinov2, pictures(2, 3, 4)),
     Model("DINOv3", "dinov3", build_dinov3, pictures(2, 3, 4, 16), patch=16),
