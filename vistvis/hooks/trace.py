@@ -10,7 +10,7 @@ read: a token of no patch, or a bit read wrongly, does not pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeAlias
@@ -25,7 +25,7 @@ from vistvis.models.sites import Chooser, SiteList, choose_sites, find_sites, ta
 from vistvis.progress import progress as bar
 from vistvis.tokens import TokenLayout
 
-Run: TypeAlias = Callable[[Tensor], Any]
+Run: TypeAlias = Callable[..., Any]
 
 CONFIDENCE = 0.08
 WEAKEST = 0.4
@@ -98,12 +98,12 @@ class TracedSite:
         }
         return TokenLayout(len(fit.pictures), self.grid, patch_size=self.patch_size, **kinds)
 
-    def describe(self, site: SiteInfo, shape: tuple[int, ...]) -> SiteInfo:
+    def describe(self, site: SiteInfo, shape: Sequence[int]) -> SiteInfo:
         """The site's description with the layout and order that were measured.
 
         `shape` is that of its attention; nothing is said where it has other tokens.
         """
-        plain = replace(site, query_layout=None, key_layout=None, frames_in_batch=False)
+        plain = _nowhere(site)
         layout, fits = self.layout, self.fits
         batch, count = self.tokens.patch.shape
         if layout is None or fits is None or (shape[0], *shape[2:]) != (batch, count, count):
@@ -154,6 +154,20 @@ class TracedSite:
         return self.name, f"{batch} × {count}", f"{share[0]} of {share[1]}", f"{sure:.2f}", what
 
 
+def _nowhere(site: SiteInfo) -> SiteInfo:
+    """The description without anything that says where tokens lie."""
+    return replace(
+        site,
+        query_layout=None,
+        key_layout=None,
+        query_order=None,
+        key_order=None,
+        frames_in_batch=False,
+        frame_order=None,
+        first_frame=0,
+    )
+
+
 _PLACES = ("before all", "before each", "behind each", "after all")
 
 
@@ -171,6 +185,11 @@ class Trace(Mapping[str, TracedSite]):
 
     def __len__(self) -> int:
         return len(self._sites)
+
+    def describe(self, site: SiteInfo, shape: Sequence[int]) -> SiteInfo:
+        """A site's description with what was measured of its tokens, as `TracedSite.describe`."""
+        found = self._sites.get(site.name)
+        return _nowhere(site) if found is None else found.describe(site, shape)
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -228,6 +247,76 @@ def trace_layout(
     Cost: 2 + 2·(5 + ⌈log₂ S⌉ + ⌈log₂ rows⌉ + ⌈log₂ cols⌉) forwards, and memory for the input of
     every site, N·C numbers each.
     """
+    chosen = choose_sites(find_sites(model), sites)
+    return _traced(model, images, chosen, run or model, patch_size, seed, progress)
+
+
+def trace_pass(model: nn.Module, sites: SiteList, forward: Run, args: Any, kwargs: Any) -> Trace:
+    """The dye test on the pictures among the arguments of one pass, `forward(*args, **kwargs)`.
+
+    They are one tensor, or several of one shape `(B, 3, H, W)`, a view each.
+    """
+    pictures = list(_pictures((args, kwargs)))
+    single = len(pictures) == 1
+    if not pictures or (not single and len({one.shape for one in pictures}) > 1):
+        raise InputError(
+            'layout="trace" needs pictures of one shape among the inputs, (…, 3, H, W) each; found '
+            f"{[tuple(one.shape) for one in pictures]}; use trace_layout(model, images, run=…)"
+        )
+
+    def run(images: Tensor) -> Any:
+        stained = iter([images] if single else images.unbind(1))
+        new_args, new_kwargs = _replaced((args, kwargs), stained)
+        return forward(*new_args, **new_kwargs)
+
+    images = pictures[0] if single else torch.stack(pictures, 1)
+    return _traced(model, images, sites, run, None, 0, None)
+
+
+def _is_picture(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.ndim in (4, 5)
+        and value.shape[-3] == 3
+    )
+
+
+def _pictures(value: Any) -> Iterator[Tensor]:
+    if _is_picture(value):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from _pictures(one)
+    elif isinstance(value, dict):
+        yield from _pictures(list(value.values()))
+
+
+def shapes_of(value: Any) -> tuple[tuple[int, ...], ...]:
+    """The shapes of all pictures among inputs."""
+    return tuple(tuple(one.shape) for one in _pictures(value))
+
+
+def _replaced(value: Any, pictures: Iterator[Tensor]) -> Any:
+    """The same containers with other pictures in them."""
+    if _is_picture(value):
+        return next(pictures)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_replaced(one, pictures) for one in value)
+    if isinstance(value, dict):
+        return {key: _replaced(one, pictures) for key, one in value.items()}
+    return value
+
+
+def _traced(
+    model: nn.Module,
+    images: Tensor,
+    chosen: SiteList,
+    run: Run,
+    patch_size: int | tuple[int, int] | None,
+    seed: int,
+    progress: bool | None,
+) -> Trace:
     shape = tuple(images.shape)
     if images.ndim not in (4, 5) or shape[-3] != 3 or not images.is_floating_point():
         raise InputError(f"images are floating (S, 3, H, W) or (B, S, 3, H, W), got {shape}")
@@ -237,8 +326,7 @@ def trace_layout(
     if 0 in grid:
         raise InputError(f"pictures of {shape[-1]}×{shape[-2]} have no patch of {width}×{height}")
     dye = _Dye(images.detach(), grid, (height, width), seed)
-    chosen = choose_sites(find_sites(model), sites)
-    inputs = partial(_inputs, model, chosen, run or model)
+    inputs = partial(_inputs, chosen, run)
     base = inputs(dye.images)
     _check_repeats(base, inputs(dye.images))
     if not base:
@@ -349,7 +437,7 @@ class _Code:
         return answer.cpu()
 
 
-def _inputs(model: nn.Module, sites: SiteList, run: Run, images: Tensor) -> dict[str, Tensor]:
+def _inputs(sites: SiteList, run: Run, images: Tensor) -> dict[str, Tensor]:
     """Tokens `(B, N, C)` at the input of each site, of its first run."""
     seen: dict[str, Tensor] = {}
 
