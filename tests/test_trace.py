@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vggt_adapter import VGGT
 from vistvis import SiteInfo, TokenLayout
 from vistvis.errors import CaptureError, InputError
-from vistvis.hooks import trace
+from vistvis.hooks import dye, trace
 from vistvis.hooks.capture import capture
 from vistvis.hooks.trace import trace_layout
 
@@ -197,7 +197,7 @@ def test_without_its_check_bits_it_would_guess(monkeypatch: pytest.MonkeyPatch) 
         return int((first.tokens.patch >= 0).sum())
 
     assert told() == 0
-    monkeypatch.setattr(trace, "CHECK_BITS", 0)
+    monkeypatch.setattr(dye, "CHECK_BITS", 0)
     assert told() > 0
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vistvis.errors import VistvisError
 from vistvis.hooks.account import Account, Outside, aside
+from vistvis.hooks.dye import shapes_of
 from vistvis.hooks.finishing import Cut, Finisher
 from vistvis.hooks.fused import read_call
 from vistvis.hooks.kernels import KernelCall, link, listening, unlink
@@ -33,7 +34,7 @@ from vistvis.hooks.readings import Keeping, KernelReader, Notes, error_text
 from vistvis.hooks.results import Options, Pass, Results
 from vistvis.hooks.settling import SiteRun
 from vistvis.hooks.tap import CompiledTap, Event, Hidden, KernelRan, KernelTap, PassBegan
-from vistvis.hooks.trace import Trace, shapes_of, trace_pass
+from vistvis.hooks.trace import Trace, trace_pass
 from vistvis.models.families import ENTRIES
 from vistvis.models.layouts import layout_of_inputs
 from vistvis.models.sites import Site, SiteList
