@@ -89,7 +89,8 @@ def repos(session: nox.Session) -> None:
             "[--only NAME …]; docs/multiview.md names the repositories and their commits"
         )
     environment(session)
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    extra = filter(None, [os.environ.get("PYTHONPATH")])  # what the repositories need, say
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), *extra))
     run(session, "python", "-m", "repos", *session.posargs, PYTHONPATH=path)
 
 

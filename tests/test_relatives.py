@@ -414,7 +414,9 @@ def test_heads_that_iterate_do_not_spoil_the_rest(tmp_path: Path) -> None:
     with torch.no_grad(), vistvis.capture(model, accumulate=True) as every:
         model(images)
     assert [a.shape[-1] for a in every["camera_head.trunk.1.attn"]] == [3] * 4  # type: ignore[attr-defined]
-    assert every["camera_head.trunk.1.attn"][0].site.key_layout is None  # type: ignore[index]
+    # Its tokens were followed there: the camera token of each frame.
+    trunk = every["camera_head.trunk.1.attn"][0].site  # type: ignore[index]
+    assert [trunk.key_layout.locate(n).kind for n in trunk.key_order.tokens] == ["camera"] * 3
     by_name = vistvis.capture(model, "camera_head.**")
     with pytest.raises(CaptureError, match="ran 4 times"), torch.no_grad(), by_name:
         model(images)

@@ -53,7 +53,7 @@ class Finisher(threading.local):
                     "use accumulate=True for a list"
                 )
             with torch.no_grad():
-                for one, attention in self._read(run, now.layout):
+                for one, attention in self._read(run, now):
                     if self._options.sink is not None:
                         self._options.sink(one, attention)
                     else:
@@ -63,9 +63,11 @@ class Finisher(threading.local):
         if now.loose:
             self._results.commit(now, count=False)
 
-    def _read(self, run: SiteRun, layout: TokenLayout | None) -> list[tuple[str, Attention]]:
+    def _read(self, run: SiteRun, now: Pass) -> list[tuple[str, Attention]]:
         """What a run gave, by name: of most modules one, else `name`, `name#2`, …"""
         options, results = self._options, self._results
+        if isinstance(now.trace, str):
+            raise CaptureError(now.trace)
         settled = settle(run, options.kernel_source)
         if run.before is not None and len(settled) > 1:
             raise CaptureError(
@@ -83,9 +85,11 @@ class Finisher(threading.local):
             results.sources[site.name] = source
             # One of several calls outside of sites, or a part of one, may be about any tokens.
             part = "#" in site.name or attention.shape[2] != attention.shape[3]
-            known = None if outside and part else layout
+            known = None if outside and part else now.layout
             info = self._info(site, attention, source, known)
-            if run.placing is not None:
+            if now.trace is not None:
+                info = now.trace.describe(info, attention.shape)
+            elif run.placing is not None:
                 info = run.placing.onto(info, attention.shape)
             given.append((site.name, attention.with_site(info)))
         return given

@@ -95,9 +95,10 @@ class Placing:
         if queries == keys < self.count:
             return self._merged(info, queries)
         changes: dict[str, Any] = {}
-        if queries == self.count:
+        if queries == self.count and not _told(info.query_order, self.queries):
             changes = _side(self.queries, batch, "query")
-        if self.keys is not None and self.keys.count * self.keys.samples == keys * batch:
+        known = self.keys is not None and self.keys.count * self.keys.samples == keys * batch
+        if self.keys is not None and known and not _told(info.key_order, self.keys):
             changes |= _side(self.keys, batch, "key")
         return replace(info, **changes)
 
@@ -119,6 +120,13 @@ class Placing:
             query_order=order,
             key_order=order,
         )
+
+
+def _told(order: TokenOrder | None, tokens: Tokens) -> bool:
+    """Whether a model's family has said which tokens a side holds, and nothing contradicts it."""
+    if order is None or tokens.ids is None:
+        return order is not None
+    return torch.equal(order.tokens.expand_as(tokens.ids), tokens.ids.cpu())
 
 
 def _side(tokens: Tokens, batch: int, side: str) -> dict[str, Any]:

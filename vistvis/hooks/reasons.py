@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from vistvis.hooks.results import Call
+from vistvis.models.code import reached_names
+from vistvis.models.families import KERNELS
 from vistvis.models.sites import Site, SiteList
 
 
@@ -17,6 +19,13 @@ def why_unseen(site: Site) -> str:
         return (
             f"its kernel is {implementation!r}, and no call of it was seen; load the model with "
             'attn_implementation="sdpa"'
+        )
+    named = sorted((reached_names(site.module) & KERNELS) - {"scaled_dot_product_attention"})
+    if named:
+        return (
+            f"ran without a kernel call that can be seen: its code names {', '.join(named)}, and "
+            "no function of that name and signature was called; load it before capture(), or "
+            "switch it off"
         )
     return (
         "ran without a kernel call that can be seen (no scaled_dot_product_attention or other "

@@ -11,6 +11,7 @@ from torch import nn
 
 from vistvis.attention import Attention
 from vistvis.errors import InputError
+from vistvis.hooks.trace import Trace
 from vistvis.models.sites import Site
 from vistvis.tokens import TokenLayout
 
@@ -29,7 +30,7 @@ class Options:
     rope: bool = True
     verify: bool = False
     sink: Sink | None = None
-    layout: TokenLayout | LayoutOf | None = None
+    layout: TokenLayout | LayoutOf | Literal["trace"] | None = None
     discover: bool = False
     asked: bool = False  # whether sites were chosen, rather than all taken
 
@@ -40,6 +41,9 @@ class Options:
             raise InputError(
                 f'source is "kernel", "softmax", "module" or "projection", got {self.source!r}'
             )
+
+        if isinstance(self.layout, str) and self.layout != "trace":
+            raise InputError(f'layout is a TokenLayout, a function or "trace", got {self.layout!r}')
 
     @property
     def projections(self) -> bool:
@@ -57,6 +61,7 @@ class Pass:
     """One forward of the watched model: what its sites gave."""
 
     layout: TokenLayout | None = None
+    trace: Trace | str | None = None  # what a dye test found, or why it found nothing
     loose: bool = False  # framed by no forward of the model: a site was called by itself
     attention: dict[str, list[Attention]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vistvis.errors import VistvisError
 from vistvis.hooks.account import Account, Outside, aside
+from vistvis.hooks.dye import shapes_of
 from vistvis.hooks.finishing import Cut, Finisher
 from vistvis.hooks.fused import read_call
 from vistvis.hooks.kernels import KernelCall, link, listening, unlink
@@ -28,10 +30,11 @@ from vistvis.hooks.multihead import (
 from vistvis.hooks.order import Orders
 from vistvis.hooks.patching import Forward, Listener, attach, detach
 from vistvis.hooks.projections import ProjectionTap
-from vistvis.hooks.readings import Keeping, KernelReader, Notes
+from vistvis.hooks.readings import Keeping, KernelReader, Notes, error_text
 from vistvis.hooks.results import Options, Pass, Results
 from vistvis.hooks.settling import SiteRun
 from vistvis.hooks.tap import CompiledTap, Event, Hidden, KernelRan, KernelTap, PassBegan
+from vistvis.hooks.trace import Trace, trace_pass
 from vistvis.models.families import ENTRIES
 from vistvis.models.layouts import layout_of_inputs
 from vistvis.models.sites import Site, SiteList
@@ -46,6 +49,7 @@ class _ThreadState(threading.local):
     """Where one thread is in the model."""
 
     def __init__(self) -> None:
+        self.tracing = False
         self.running: list[object] = []  # the sites inside each other that run just now
         self.current: Pass | None = None
         self.account: Account | None = None
@@ -75,6 +79,7 @@ class Watch:
             model, every, sites, options, results, self._keeping, finish=self._finish
         )
         self._orders = Orders()
+        self._traces: dict[Any, Trace | str] = {}
         self._undo: list[Callable[[], None]] = []
         try:
             self._attach()
@@ -167,7 +172,7 @@ class Watch:
 
         def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
             reader = MultiheadReader(self._keeping)
-            if not reader.can_run(original):
+            if self._idle() or not reader.can_run(original):
                 return original(*args, **kwargs)
             out = reader.run(original, args, kwargs)
             if reader.notes.readings:
@@ -209,15 +214,18 @@ class Watch:
         state, results = self._state, self._results
         # An entry method that calls `forward` (say, a decoding loop) leaves passes to it.
         inside = state.depth > 0 or (entry and state.current is not None)
-        if inside or _recomputing():
+        if inside or self._idle():
             return original(*args, **kwargs)
         outer = state.current
         if outer is None:
             self.drain()  # what compiled passes noted before this one is not this one's
             results.begin()
+            trace = self._trace(original, args, kwargs)
             if type(self._model).__name__ != "OptimizedModule":
                 state.account = Account(self._outside, self._unclaimed, self._now)
-        mine = state.current = Pass(self._layout_of(args, kwargs))
+        else:
+            trace = None
+        mine = state.current = Pass(self._layout_of(args, kwargs), trace)
         state.depth += not entry
         try:
             account = state.account if outer is None else None
@@ -250,6 +258,26 @@ class Watch:
             loose = state.loose = Pass(loose=True)
             self._results.passes += 1
         return loose
+
+    def _trace(self, original: Forward, args: Args, kwargs: Kwargs) -> Trace | str | None:
+        """The dye test that `layout="trace"` asks for: once for pictures of one shape."""
+        if self._options.layout != "trace":
+            return None
+        shapes = shapes_of((args, kwargs))
+        if shapes not in self._traces:
+            self._state.tracing = True
+            try:
+                sites = SiteList(self._sites.values())
+                self._traces[shapes] = trace_pass(self._model, sites, original, args, kwargs)
+            except VistvisError as error:
+                self._traces[shapes] = error_text(error)
+            finally:
+                self._state.tracing = False
+        return self._traces[shapes]
+
+    def _idle(self) -> bool:
+        """Whether what runs now is nobody's pass: a backward pass, or a dye test."""
+        return _recomputing() or self._state.tracing
 
     def _unclaimed(self) -> bool:
         """Whether a kernel call of this thread is no running site's."""
@@ -285,7 +313,7 @@ class Watch:
                 self._state.current = outer
 
     def _run_site(self, site: Site, original: Forward, args: Args, kwargs: Kwargs) -> Any:
-        if _recomputing():
+        if self._idle():
             return original(*args, **kwargs)
         self._results.make_room(site.name)
         multihead = MultiheadReader(self._keeping)
@@ -325,8 +353,10 @@ class Watch:
         layout = self._options.layout
         if isinstance(layout, TokenLayout):
             return layout
+        if layout == "trace":
+            return None
         try:
-            if layout is not None:
+            if callable(layout):
                 return layout(self._model, args, kwargs)
             return layout_of_inputs(self._model, args, kwargs)
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
