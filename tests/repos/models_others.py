@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import logging
 import math
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model import Model, pictures, shrunk, stub
+from .model import Model, draw_last_blocks, pictures, shrunk, stub
 
 WIDTH, HEADS = 64, 4
 _TINY = {"embed_dim": WIDTH, "num_heads": HEADS}
@@ -25,6 +26,9 @@ def quiet(model: nn.Module, *layers: str, share: float = 0.05) -> nn.Module:
             if name.rsplit(".", 2)[-2] in layers:
                 parameter.mul_(share)
     return model
+
+
+draw_crossing = functools.partial(draw_last_blocks, kinds=("cross",))
 
 
 def run_batch(model: nn.Module, images: Tensor) -> object:
@@ -76,7 +80,7 @@ def build_depth_anything(folder: Path) -> nn.Module:
 
 def unlike_pictures() -> Tensor:
     """Unlike enough that a dyed patch leaves the choice of the reference view as it is."""
-    return torch.rand(4, 3, 42, 56) * torch.tensor([0.5, 0.2, 0.3, 0.9])[:, None, None, None]
+    return torch.rand(4, 3, 42, 56) * torch.tensor([0.3, 0.2, 0.5, 0.9])[:, None, None, None]
 
 
 def run_middle_first(model: nn.Module, images: Tensor) -> object:
@@ -567,9 +571,34 @@ MODELS = [
             "not run, are empty modules."
         ),
     ),
-    Model("CroCo", "croco", build_croco, pictures(2, 4, 4, 16), patch=16, run=run_croco),
-    Model("DUSt3R", "dust3r", build_dust3r, pictures(2, 3, 4, 16), patch=16, run=run_pair),
-    Model("MASt3R", "mast3r", build_mast3r, pictures(2, 3, 4, 16), patch=16, run=run_pair),
+    Model(
+        "CroCo",
+        "croco",
+        build_croco,
+        pictures(2, 4, 4, 16),
+        patch=16,
+        run=run_croco,
+        draw=draw_crossing,
+        steps=True,
+    ),
+    Model(
+        "DUSt3R",
+        "dust3r",
+        build_dust3r,
+        pictures(2, 3, 4, 16),
+        patch=16,
+        run=run_pair,
+        draw=draw_crossing,
+    ),
+    Model(
+        "MASt3R",
+        "mast3r",
+        build_mast3r,
+        pictures(2, 3, 4, 16),
+        patch=16,
+        run=run_pair,
+        draw=draw_crossing,
+    ),
     Model(
         "CUT3R",
         "CUT3R",
@@ -577,6 +606,8 @@ MODELS = [
         pictures(3, 3, 4, 16),
         patch=16,
         run=run_cut3r,
+        draw=draw_crossing,
+        steps=True,
         paths=("src",),
         note="Positions shifted by one: without CUDA its RoPE has no −1, the pose token's place.",
     ),
