@@ -81,6 +81,20 @@ def sweep(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def repos(session: nox.Session) -> None:
+    """Multi-view models of other repositories, from a folder of checkouts; writes its page."""
+    if not session.posargs:
+        session.error(
+            "name a folder with one checkout a repository: nox -s repos -- /path/to/checkouts "
+            "[--only NAME …]; docs/multiview.md names the repositories and their commits"
+        )
+    environment(session)
+    extra = filter(None, [os.environ.get("PYTHONPATH")])  # what the repositories need, say
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), *extra))
+    run(session, "python", "-m", "repos", *session.posargs, PYTHONPATH=path)
+
+
+@nox.session(python=False)
 def notebooks(session: nox.Session) -> None:
     """Execute the notebooks; outputs go to a temporary folder, the files stay stripped."""
     environment(session)

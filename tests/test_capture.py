@@ -731,7 +731,7 @@ class Hidden(nn.Module):
 def test_a_kernel_that_shows_nothing_is_named() -> None:
     model = Hidden()
     assert vistvis.find_sites(model)[0].source == "kernel"
-    with pytest.raises(CaptureError, match=r"'Hidden': ran without a kernel call that can be seen"):  # noqa: SIM117
+    with pytest.raises(CaptureError, match=r"'Hidden': .*code names memory_efficient_attention"):  # noqa: SIM117
         with vistvis.capture(model):
             model(X)
 
@@ -787,7 +787,7 @@ X = torch.linspace(-2, 2, 2 * 2 * 6 * 4).sin().mul(3).view(2, 2, 6, 4)
         (lambda x: x + 1, "without a kernel call that can be seen"),
         (lambda x: torch.exp(x @ x.mT) @ x, "without a kernel call that can be seen"),
         (lambda x: F.dropout((x @ x.mT).softmax(-1), 0.5) @ x, "dropout is active on its weights"),
-        (lambda x: (x @ x.mT).softmax(-2) @ x, "softmax runs over dimension -2"),
+        (lambda x: (x @ x.mT).softmax(-2) @ x, "softmax runs over the queries"),
         (
             lambda x: torch.vmap(lambda one: sdpa(one, one, one))(x[:, None]),
             r"inside a torch\.func transform",

@@ -525,7 +525,8 @@ def test_hooks_without_a_forward_pass(model: VGGT) -> None:
 
 
 def test_a_model_without_the_blocks() -> None:
-    with pytest.raises(SiteError, match=r"frame_blocks.*Sequential has 0.*vistvis\.capture"):
+    words = r"Sequential \(it has 0\).*vistvis\.capture\(.*TokenLayout.*vistvis\.trace_layout"
+    with pytest.raises(SiteError, match=words):
         AttentionExtractor(nn.Sequential(nn.Linear(1, 1)))
 
 

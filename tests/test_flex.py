@@ -218,3 +218,14 @@ def test_a_registered_function_that_calls_a_kernel() -> None:
     SEEN.clear()
     same_as_eager(vit("mine"), torch.randn(2, 3, 12, 12))
     assert SEEN
+
+
+def test_in_compiled_code_it_is_refused_by_name() -> None:
+    model, x, context = Flex().eval(), torch.randn(2, 6, 32), torch.randn(2, 9, 32)
+    torch.compiler.reset()
+    with torch.no_grad(), vistvis.capture(model) as captured:
+        out = torch.compile(model, backend="eager")(x, context)
+        assert torch.equal(out, Flex.forward(model, x, context))
+        with pytest.raises(CaptureError, match="Flex can't be read in compiled code"):
+            captured["Flex"]
+    torch.compiler.reset()

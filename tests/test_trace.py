@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vggt_adapter import VGGT
 from vistvis import SiteInfo, TokenLayout
 from vistvis.errors import CaptureError, InputError
-from vistvis.hooks import trace
+from vistvis.hooks import dye, trace
+from vistvis.hooks.capture import capture
 from vistvis.hooks.trace import trace_layout
 
 PATCH, ROWS, COLS, WIDTH = 4, 3, 4, 32
@@ -196,7 +197,7 @@ def test_without_its_check_bits_it_would_guess(monkeypatch: pytest.MonkeyPatch) 
         return int((first.tokens.patch >= 0).sum())
 
     assert told() == 0
-    monkeypatch.setattr(trace, "CHECK_BITS", 0)
+    monkeypatch.setattr(dye, "CHECK_BITS", 0)
     assert told() > 0
 
 
@@ -224,3 +225,48 @@ def test_the_model_is_as_it_was() -> None:
         sites="frame_attn",
     )
     assert list(views) == ["frame_attn"]
+
+
+def test_a_capture_that_measures_its_layout() -> None:
+    model, images = Frames(turned).eval(), pictures(2, 3)
+    with torch.no_grad():
+        plain = model(images)
+        with capture(model, layout="trace") as captured:
+            assert torch.equal(model(images), plain)
+            assert captured.passes == 1
+            model(images.flip(0))
+    site = captured["global_attn"].site
+    assert site is not None
+    assert site.key_layout == TokenLayout(3, (ROWS, COLS), ("special",), (PATCH, PATCH))
+    assert site.key_order is not None
+    assert site.key_order.index(site.key_layout.index(frame=0, patch=5), batch=0) == 13 + 1 + 5
+    frames = captured["frame_attn"].site
+    assert frames is not None
+    assert frames.frame_order is not None
+    assert frames.frame_order.tolist() == [[2, 0, 1], [1, 0, 2]]
+
+
+def test_pictures_in_a_list_of_views_are_stained_as_well() -> None:
+    class Views(Frames):
+        def forward(self, views: list[dict[str, Tensor]]) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.stack([view["img"] for view in views], 1))
+
+    model, views = Views(by_curve).eval(), [{"img": view} for view in pictures(3, 1)]
+    with torch.no_grad(), capture(model, "global_attn", layout="trace") as captured:
+        model(views)
+    site = captured["global_attn"].site
+    assert site is not None
+    assert site.key_layout is not None
+    assert site.key_layout.frames == 3
+
+
+def test_a_dye_test_that_fails_does_not_break_the_forward() -> None:
+    model = Frames(lambda tokens: F.dropout(tokens, 0.5)).eval()
+    captured = capture(model, layout="trace")
+    with torch.no_grad():
+        assert model(pictures(1, 2)).shape == (1, 24, WIDTH)
+    with pytest.raises(CaptureError, match="other numbers when the model ran"):
+        captured["frame_attn"]
+    captured.close()
+    with pytest.raises(InputError, match='"trace"'):
+        capture(model, layout="guess")  # type: ignore[arg-type]

@@ -261,7 +261,8 @@ def bare(kind: str, **named: Any) -> Tensor:
     [
         ("frame", {"attention_type": "global"}, ("'global'", "is frame attention")),
         ("global", {"attention_type": "frame"}, ("'frame'", "is global attention")),
-        ("global", {"attention_type": "cross"}, ("'frame' or 'global'", "'cross'")),
+        ("global", {"attention_type": "cross"}, ("'cross'", "global")),
+        ("global", {"attention_type": "causal"}, ("'frame' or 'global'", "'causal'")),
         ("global", {"head_idx": "median"}, ("'mean' or 'max'", "'median'")),
         ("global", {"frame_idx": 2}, ("lies in frame 0", "frame_idx=2")),
     ],

@@ -1,4 +1,4 @@
-"""VGGT, made ready to be looked at: the model, its preprocessing, and its users' known names.
+"""VGGT and its relatives, made ready to be looked at: names that VGGT's users know.
 
 Importing this package loads neither matplotlib nor PIL nor torch's model code; each name is loaded
 on first use.
@@ -39,6 +39,9 @@ _LAZY = {
     "values": ("get_attention_values",),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _LAZY.items() for name in names}
+
+# `from vggt_adapter import *` loads them all, and with the figures matplotlib.
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -49,7 +49,7 @@ def demo_visualize_token_attention(
     image_paths
         Photographs of one scene. None: the three sample views of the package.
     block_idx
-        The pair of blocks; negative from the end.
+        The pair of blocks, as in `extract_both_attentions`; negative from the end.
     token_idx
         One absolute index over all frames, for both kinds of attention: frame attention shows the
         frame in which it lies. Moved to a patch as in `get_attention_values`.
@@ -57,7 +57,8 @@ def demo_visualize_token_attention(
         "frame", "global" or both: which figures are drawn.
     model
         A name on the hub, a folder or file, "tiny" for the small VGGT of the package, or a model
-        that is loaded already (ours, the official one, or a fork).
+        that is loaded already: ours, the official one, or a relative that takes pictures
+        `(B, S, 3, H, W)` in [0, 1] (docs/relatives.md has the others).
     device, dtype
         Where and in what to run. Default: CUDA where there is one, else CPU; the dtype of the
         weights.

@@ -1,4 +1,4 @@
-"""Attention of VGGT's frame and global blocks, under the names that VGGT's users know.
+"""Attention of VGGT and its relatives, block by block, under the names that VGGT's users know.
 
 A thin naming layer over `vistvis.capture`: it finds the blocks, names them `frame_block_3` and
 `global_block_3`, and returns the dicts of the earlier `visualize_attention.py`, with lazy weights.
@@ -6,27 +6,28 @@ A thin naming layer over `vistvis.capture`: it finds the blocks, names them `fra
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vggt_adapter.inputs import ATTENTION_TYPES, checked_types, images_shape
+from vggt_adapter.blocks import Block, chosen_blocks, find_blocks, pair_of, watched_part
+from vggt_adapter.inputs import images_shape
 from vistvis.attention import Attention
-from vistvis.errors import CaptureError, InputError, SiteError
+from vistvis.errors import CaptureError
 from vistvis.hooks.capture import Capture, capture
 from vistvis.hooks.results import Sink
-from vistvis.models.sites import find_sites
-from vistvis.tokens import TokenLayout
 
 
 class AttentionExtractor:
     """Take queries and keys of chosen blocks while the model runs.
 
-    Works on `vggt_adapter.VGGT`, on the official `VGGT`, and on any model (or aggregator) with
-    `frame_blocks` and `global_blocks`.
+    Works on `vggt_adapter.VGGT`, on the official `VGGT` (whole, or its aggregator), and on every
+    multi-view family that `vistvis.models.families` knows: VGGT-Ω, StreamVGGT, FastVGGT, Pi3, Depth
+    Anything 3, MapAnything, DUSt3R, … A block is named by its kind and its number within the kind:
+    `frame_block_3`, `global_block_3`, `register_block_2`, `cross_block_0`. Where a kind fills two
+    lists, as the two decoders of DUSt3R, those of the second name it: `cross_block_0_dec_blocks2`.
 
     >>> extractor = AttentionExtractor(model)
     >>> extractor.register_hooks(block_indices=[0, 12, 23])
@@ -35,25 +36,31 @@ class AttentionExtractor:
     >>> extractor.captured["global_block_23"].rows(500)     # (B, h, 1, S·P)
     >>> extractor.clear_hooks()
 
-    As a context manager it clears its hooks at the end, whatever happens inside. SiteError if the
-    model has no frame and global blocks.
+    As a context manager it clears its hooks at the end, whatever happens inside. SiteError for a
+    model of no known family; it says what `vistvis.capture` needs to know of such a one.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.aggregator = find_aggregator(model)
+        self.watched = watched_part(model)
+        self.blocks = find_blocks(self.watched)
         self._capture: Capture | None = None
         self._dense = False
 
     @property
     def num_blocks(self) -> int:
-        """Pairs of a frame block and a global block."""
-        return _num_blocks(self.aggregator)
+        """Pairs of a frame block and a global block: one more than the largest number."""
+        return 1 + max(block.number for block in self.blocks)
+
+    @property
+    def attention_types(self) -> list[str]:
+        """What the model has of "frame", "global", "register" and "cross"."""
+        return list(dict.fromkeys(block.kind for block in self.blocks))
 
     def register_hooks(
         self,
         block_indices: int | Iterable[int] | None = None,
-        attention_types: str | Sequence[str] = ATTENTION_TYPES,
+        attention_types: str | Sequence[str] | None = None,
         *,
         rope: bool = True,
         accumulate: bool = False,
@@ -63,14 +70,16 @@ class AttentionExtractor:
     ) -> AttentionExtractor:
         """Watch blocks from the next forward pass on; earlier hooks of this extractor go first.
 
-        Returns the extractor; InputError if a block or an attention type does not exist.
+        Returns the extractor; InputError if a block or an attention type does not exist; it names
+        those that do.
 
         Parameters
         ----------
         block_indices
             Blocks, counted within their kind; negative from the end. None: all of them.
         attention_types
-            "frame", "global" or both.
+            "frame", "global", "register", "cross", or several; None: all that the model has (then a
+            block of a number need not be there in every type).
         rope
             False takes queries and keys before their rotary embedding, as some papers did. Those
             are not the model's attention; the results say so (`'rope': False`).
@@ -88,19 +97,15 @@ class AttentionExtractor:
         Cost: 1 to 3 % of a forward pass on a CPU, up to 5 % where hooks go on for each pass; memory
         of Q and K, `2 · B·S·P·C` numbers a block.
         """
-        names = site_names(self.aggregator, block_indices, attention_types)
+        chosen = chosen_blocks(self.blocks, block_indices, attention_types)
+        self._watch(chosen, dense, rope=rope, accumulate=accumulate, keep=keep, sink=sink)
+        return self
+
+    def _watch(self, blocks: Sequence[Block], dense: bool, **options: Any) -> None:
+        names = {block.path: block.name for block in blocks}
         self.clear_hooks()
         self._dense = dense
-        self._capture = capture(
-            self.aggregator,
-            list(names),
-            rope=rope,
-            accumulate=accumulate,
-            keep=keep,
-            sink=sink,
-            names=names,
-        )
-        return self
+        self._capture = capture(self.watched, list(names), names=names, **options)
 
     @property
     def captured(self) -> Capture:
@@ -121,8 +126,8 @@ class AttentionExtractor:
         Each holds
         'attn_weights' (a lazy `Attention`, `(B·S, h, P, P)` for frame blocks and
         `(B, h, S·P, S·P)` for global ones; a tensor with `dense=True`; a list of them with
-        `accumulate=True`), 'layer_type', 'num_heads', 'num_tokens', and 'rope': False where
-        queries and keys were taken before RoPE.
+        `accumulate=True`), 'layer_type', 'num_heads', 'num_tokens' (of the keys), and 'rope': False
+        where queries and keys were taken before RoPE.
 
         CaptureError as `captured`; DenseLimitError if a matrix that is to be dense is too large.
         """
@@ -149,7 +154,7 @@ class AttentionExtractor:
 
 def extract_both_attentions(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | Sequence[Any],
     block_idx: int = 23,
     *,
     dense: bool = False,
@@ -163,9 +168,12 @@ def extract_both_attentions(
     model
         As for `AttentionExtractor`; used as it is, in the mode it is in.
     images
-        `(S, 3, H, W)` or `(B, S, 3, H, W)` in [0, 1], on the model's device.
+        `(S, 3, H, W)` or `(B, S, 3, H, W)`, on the model's device and as it takes them (VGGT: in
+        [0, 1]; Pi3 and Depth Anything 3 take the second form only); or a list of views, for models
+        that take such.
     block_idx
-        The pair of blocks; negative from the end.
+        The pair of blocks; negative from the end. Where a model numbers all blocks in one row
+        (Depth Anything 3), the global one; the frame one is then the last before it.
     dense, rope, keep
         As for `AttentionExtractor.register_hooks`.
 
@@ -174,35 +182,25 @@ def extract_both_attentions(
     `{'frame_attention': {...}, 'global_attention': {...}, 'block_idx', 'patch_start_idx'}`; the
     inner dicts are those of `AttentionExtractor.get_attention_maps`.
 
-    InputError if the block does not exist, or `images` is no batch of pictures; SiteError as
-    `AttentionExtractor`. Cost: one forward pass, and memory of Q and K of two blocks.
+    InputError if the model has no frame and global block of this number, or `images` is no batch of
+    pictures; SiteError as `AttentionExtractor`. Cost: one forward pass, and memory of Q and K of
+    two blocks.
     """
-    images_shape(images)
+    if isinstance(images, Tensor):
+        images_shape(images)
     with AttentionExtractor(model) as extractor:
-        (block,) = checked_blocks(extractor.aggregator, block_idx)
-        extractor.register_hooks(block, rope=rope, keep=keep, dense=dense)
+        frame, together = pair_of(extractor.blocks, block_idx)
+        extractor._watch((frame, together), dense, rope=rope, keep=keep)
         with torch.no_grad():
             model(images)
-        maps = extractor.get_attention_maps()
+        maps, site = extractor.get_attention_maps(), extractor.captured[frame.name].site
+    layout = site.key_layout if site else None
     return {
-        "frame_attention": maps[f"frame_block_{block}"],
-        "global_attention": maps[f"global_block_{block}"],
-        "block_idx": block,
-        "patch_start_idx": TokenLayout.from_model(extractor.aggregator, images).patch_start_idx,
+        "frame_attention": maps[frame.name],
+        "global_attention": maps[together.name],
+        "block_idx": together.number,
+        "patch_start_idx": layout.patch_start_idx if layout else None,
     }
-
-
-def find_aggregator(model: nn.Module) -> nn.Module:
-    """What holds the frame and global blocks: the model, or its `aggregator`; else SiteError."""
-    for candidate in (model, getattr(model, "aggregator", None)):
-        lists = [getattr(candidate, f"{kind}_blocks", None) for kind in ATTENTION_TYPES]
-        if isinstance(candidate, nn.Module) and all(isinstance(x, nn.ModuleList) for x in lists):
-            return candidate
-    children = ", ".join(name for name, _ in model.named_children()) or "no submodules"
-    raise SiteError(
-        f"a VGGT-like model has aggregator.frame_blocks and aggregator.global_blocks; "
-        f"{type(model).__name__} has {children}. For other transformers use vistvis.capture"
-    )
 
 
 def _entry(captured: Attention | list[Attention], *, dense: bool) -> dict[str, Any]:
@@ -219,47 +217,3 @@ def _entry(captured: Attention | list[Attention], *, dense: bool) -> dict[str, A
     if site.rope is False:
         entry["rope"] = False
     return entry
-
-
-def _num_blocks(aggregator: nn.Module) -> int:
-    return min(len(getattr(aggregator, f"{kind}_blocks")) for kind in ATTENTION_TYPES)
-
-
-def checked_blocks(aggregator: nn.Module, indices: int | Iterable[int] | None) -> list[int]:
-    """Block numbers from 0, in order; None: all. InputError if one does not exist, or for none."""
-    count = _num_blocks(aggregator)
-    if indices is None:
-        return list(range(count))
-    asked = [indices] if isinstance(indices, SupportsIndex) else list(indices)
-    numbers = [operator.index(number) for number in asked]
-    wrong = [number for number in numbers if not -count <= number < count]
-    if wrong or not numbers:
-        raise InputError(
-            f"this model has blocks 0…{count - 1} of each kind, got {wrong[0] if wrong else 'none'}"
-        )
-    return sorted({number % count for number in numbers})
-
-
-def site_names(
-    aggregator: nn.Module,
-    block_indices: int | Iterable[int] | None = None,
-    attention_types: str | Sequence[str] = ATTENTION_TYPES,
-) -> dict[str, str]:
-    """Dotted site name → block name, in the order in which the model runs them.
-
-    InputError as in `register_hooks`; SiteError if a block has not exactly one attention module.
-    """
-    kinds = checked_types(attention_types)
-    blocks = checked_blocks(aggregator, block_indices)
-    sites = find_sites(aggregator).names
-    names = {}
-    for block in blocks:
-        for kind in kinds:
-            inside = [name for name in sites if name.startswith(f"{kind}_blocks.{block}.")]
-            if len(inside) != 1:
-                raise SiteError(
-                    f"{kind} block {block} has one attention module in a VGGT-like model, here "
-                    f"{len(inside)} ({', '.join(inside) or 'none found'}); use vistvis.capture"
-                )
-            names[inside[0]] = f"{kind}_block_{block}"
-    return names

@@ -19,6 +19,7 @@ from matplotlib.patches import Circle
 
 from vggt_adapter.inputs import FloatArray, Head, Images, Query, Weights
 from vggt_adapter.values import Match, QueryValues, query_values
+from vistvis.errors import InputError
 from vistvis.views.figures import NotebookFigure, outline_box
 from vistvis.views.painting import colourise, normalizer, resize
 
@@ -65,7 +66,8 @@ def visualize_attention_on_image(
 
     Frame attention: the frame on the left with the query outlined, its heatmap on the right.
     Global attention: all frames above, their heatmaps below on one colour scale, the query
-    outlined in its frame. A ring marks the strongest patch of every frame.
+    outlined in its frame. Cross attention: the query's picture first, then those that it looks at.
+    A ring marks the strongest patch of every frame.
 
     Parameters
     ----------
@@ -83,7 +85,8 @@ batch_idx, patch_size, renormalize, allow_special
         Write the figure there too; the ending chooses the format.
 
     Returns a figure that pyplot does not know: nothing to close, and it shows in notebooks. Errors
-    as in `get_attention_values`; InputError also for an unknown `norm`.
+    as in `get_attention_values`; InputError also for an unknown `norm`, and for register blocks,
+    which hold no patches.
     """
     query = Query(
         token_idx,
@@ -116,19 +119,34 @@ def draw_values(
     `pictures` are what is shown in place of `values.images`: the same view of every frame, with
     more pixels, `(S, k·H, k·W, 3)` in [0, 1].
     """
+    if values.attention_type == "register":
+        raise InputError(
+            "register blocks hold no patches, so no picture shows where they look; ask for a "
+            f"camera or register token's row with attention.token_rows({values.query.token})"
+        )
     # The scale comes from the maps, not from the resized ones: resizing softens the peaks.
     scale = normalizer(values.maps, norm=norm)
     drawing = _Drawing(values, values.images if pictures is None else pictures, scale, cmap)
     plan = _Plan(values)
     figure = plan.figure(_title_lines(values, block_idx))
-    for number, match in enumerate(values.matches):
+    matches = {match.place.frame_idx: match for match in values.matches}
+    for number, frame in enumerate(values.pictures):
         row, column = divmod(number, plan.columns)
-        picture = plan.axes(figure, row, column)
-        beside = 0 if plan.heat_below else 1
-        heatmap = plan.axes(figure, row, column + beside, below=plan.heat_below)
-        if beside:
-            _panel_title(heatmap, "attention within the frame")
-        drawing.frame(picture, heatmap, match)
+        panels = [plan.axes(figure, row, column)]
+        drawing.picture(panels[0], frame)
+        match = matches.get(frame)
+        if match is not None:
+            beside = 0 if plan.heat_below else 1
+            panels.append(plan.axes(figure, row, column + beside, below=plan.heat_below))
+            if beside:
+                _panel_title(panels[1], "attention within the frame")
+            drawing.heatmap(panels[1], frame)
+            _note(panels[1], match, values)
+        for axes in panels:
+            if match is not None:
+                _mark_match(axes, values, match)
+            if frame == values.query.frame:
+                _mark_query(axes, values)
     plan.colour_bar(figure, ScalarMappable(norm=scale, cmap=cmap), norm)
     return figure
 
@@ -142,18 +160,13 @@ class _Drawing:
     scale: Normalize
     cmap: str
 
-    def frame(self, picture: Axes, heatmap: Axes, match: Match) -> None:
-        frame = match.place.frame_idx
-        mine = frame == self.values.query.frame
-        said = mine and self.values.attention_type == "global"
-        _panel_title(picture, f"frame {frame}" + " · query" * said, strong=said)
-        self._show(picture, self.pictures[frame] * 255)
-        self._show(heatmap, self._heat(frame))
-        for axes in (picture, heatmap):
-            _mark_match(axes, self.values, match)
-            if mine:
-                _mark_query(axes, self.values)
-        _note(heatmap, match, self.values)
+    def picture(self, axes: Axes, frame: int) -> None:
+        said = frame == self.values.query.frame and self.values.attention_type != "frame"
+        _panel_title(axes, f"frame {frame}" + " · query" * said, strong=said)
+        self._show(axes, self.pictures[frame] * 255)
+
+    def heatmap(self, axes: Axes, frame: int) -> None:
+        self._show(axes, self._heat(frame))
 
     def _heat(self, frame: int) -> FloatArray:
         """Weights in colour; where they are dark the picture shines through, faint and grey."""
@@ -181,12 +194,12 @@ class _Drawing:
 
 
 class _Plan:
-    """Sizes in inches: global attention shows all frames, heatmaps below; frame attention one."""
+    """Sizes in inches: frame attention shows one frame, others all, with heatmaps below."""
 
     def __init__(self, values: QueryValues) -> None:
         height, width = values.layout.image_size
-        frames, aspect = values.layout.frames, height / width
-        self.heat_below = values.attention_type == "global"
+        frames, aspect = len(values.pictures), height / width
+        self.heat_below = values.attention_type != "frame"
         self.columns, self.rows = 2, 1
         if self.heat_below:
             self.columns = frames if frames <= 4 else math.ceil(math.sqrt(1.5 * frames))
@@ -303,12 +316,12 @@ def _title_lines(values: QueryValues, block_idx: int | None) -> list[str]:
     title.append(values.head_text)
     if site is not None and site.rope is False:
         title.append("taken before RoPE")
+    if values.merged:
+        title.append("merged tokens")
     place = values.query
     where = f"row {place.row}, col {place.col}" if place.is_patch else f"a {place.kind} token"
-    query = (
-        f"query: token {place.token_in_frame} of frame {place.frame} "
-        f"(absolute {place.token}), {where}"
-    )
+    inside = "of no frame" if place.frame is None else f"of frame {place.frame}"
+    query = f"query: token {place.token_in_frame} {inside} (absolute {place.token}), {where}"
     scale = "weights over patches only" if values.renormalized else "softmax over all tokens"
     note = f"{scale}; {100 * values.patch_mass:.1f} % lies on patches" * (values.head != "max")
     return [" · ".join(title), query, f"{note or scale}   □ query   ○ strongest patch of a frame"]

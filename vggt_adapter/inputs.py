@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vggt_adapter.blocks import TYPES
 from vggt_adapter.config import PATCH_SIZE
 from vistvis import Attention, SiteInfo, TokenLayout
 from vistvis.errors import IndexOutOfRange, InputError
 
+# What plain tensors can be, and what comes in pairs of blocks.
 ATTENTION_TYPES = ("frame", "global")
 HEAD_REDUCTIONS = ("mean", "max")
 # What plain tensors can't say about themselves: VGGT's special tokens.
@@ -67,7 +69,7 @@ def as_attention(weights: Any) -> Attention:
             "attn_weights is an Attention, a tensor or an array, for example "
             f"result['global_attention']['attn_weights']; got {type(weights).__name__}"
         )
-    if attention.shape[2] != attention.shape[3]:
+    if attention.site is None and attention.shape[2] != attention.shape[3]:
         raise InputError(
             f"frame and global attention have as many queries as keys, got {attention.shape[2]} "
             f"and {attention.shape[3]}: these weights come from another kind of attention"
@@ -87,17 +89,60 @@ def images_shape(images: Images) -> tuple[int, int, int, int]:
     return int(batches), int(frames), int(shape[-2]), int(shape[-1])
 
 
-def layout_of(attention: Attention, size: tuple[int, int, int], query: Query) -> TokenLayout:
-    """The layout of all frames, from the site where there is one, else from pictures (S, H, W)."""
-    site = attention.site
-    if site is not None and site.key_layout is not None:
-        return _layout_of_site(site, site.key_layout, size, query)
+@dataclass(frozen=True)
+class Sides:
+    """What the indices of weights mean, checked against the pictures."""
+
+    kind: str
+    """ "frame", "global", "register" or "cross"."""
+    layout: TokenLayout
+    """All S pictures."""
+    query: TokenLayout
+    key: TokenLayout
+
+
+def sides_of(attention: Attention, size: tuple[int, int, int, int], query: Query) -> Sides:
+    """From the site where there is one, else from the pictures `(B, S, H, W)`."""
+    asked, site = query.attention_type, attention.site
+    types = ATTENTION_TYPES if site is None else TYPES
+    if asked not in (None, *types):
+        raise InputError(f"attention_type is {' or '.join(map(repr, types))}, got {asked!r}")
+    if site is None:
+        layout = _layout_of_pictures(size[1:], query)
+        kind = _kind_by_size(attention, layout, asked)
+        query_layout = key_layout = layout.frame_layout() if kind == "frame" else layout
+    else:
+        query_layout, key_layout = _layouts_of_site(site, size[2:], query)
+        layout, kind = key_layout, site.kind
+        if key_layout.frames == 1 and kind in ("frame", "self"):
+            layout = replace(key_layout, frames=size[1])
+        if kind == "self":
+            kind = _kind_by_size(attention, layout, asked)
+        if kind not in TYPES:
+            raise InputError(f"{site.name!r} is {kind} attention, none of {', '.join(TYPES)}")
+        if layout.frames != size[1]:
+            raise InputError(
+                f"{site.name!r} saw {layout.frames} frames, images has {size[1]}; pass the images "
+                "that the model got"
+            )
+    if asked not in (None, kind):
+        one, some = layout.tokens_per_frame, attention.shape[-1]
+        raise InputError(
+            f"attention_type={asked!r}, but {name_of(attention)} is {kind} attention: {some} keys, "
+            f"with {one} tokens in a frame. Pass attention_type={kind!r}, or other weights"
+        )
+    sides = Sides(kind, layout, query_layout, key_layout)
+    _check_counts(attention, sides)
+    _check_batch(attention, kind, size)
+    return sides
+
+
+def _layout_of_pictures(size: tuple[int, int, int], query: Query) -> TokenLayout:
+    """For plain tensors, which say nothing: VGGT's, unless arguments say another one."""
     frames, height, width = size
-    given = query.patch_start_idx
-    start = len(SPECIAL) if given is None else operator.index(given)
-    if start < 0:
-        raise InputError(f"patch_start_idx counts special tokens, got {start}")
-    special = SPECIAL if start == len(SPECIAL) else ("special",) * start
+    special: Any = SPECIAL if query.patch_start_idx is None else query.patch_start_idx
+    if special is not SPECIAL and operator.index(special) < 0:
+        raise InputError(f"patch_start_idx counts special tokens, got {special}")
     patch: Any = query.patch_size or PATCH_SIZE  # an int or a pair; the layout takes either
     layout = TokenLayout(frames, (1, 1), special, patch)
     down, across = layout.patch_size
@@ -109,73 +154,86 @@ def layout_of(attention: Attention, size: tuple[int, int, int], query: Query) ->
     return replace(layout, grid=(height // down, width // across))
 
 
-def _layout_of_site(
-    site: SiteInfo, layout: TokenLayout, size: tuple[int, int, int], query: Query
-) -> TokenLayout:
-    (frames, height, width), name = size, repr(site.name)
+def _layouts_of_site(
+    site: SiteInfo, size: tuple[int, int], query: Query
+) -> tuple[TokenLayout, TokenLayout]:
+    name, (height, width) = repr(site.name), size
+    layout = site.key_layout
+    if layout is None or site.query_layout is None:
+        side = "keys" if layout is None else "queries"
+        raise InputError(
+            f"which patches the {side} of {name} are is not known: they are none, or nobody has "
+            "described this model. vistvis.capture(model, layout=TokenLayout(frames, (rows, cols), "
+            "special=(…), patch_size=…)) says it, vistvis.trace_layout(model, images) measures it"
+        )
     start: Any = query.patch_start_idx
     patch: Any = query.patch_size
     if start is not None and operator.index(start) != layout.patch_start_idx:
         raise InputError(
-            f"patch_start_idx={start}, but {name} has {layout.patch_start_idx} special tokens per "
-            "frame; leave patch_start_idx out"
+            f"patch_start_idx={start}, but {name} has {layout.patch_start_idx} special tokens in "
+            "front of the patches of a frame; leave patch_start_idx out"
         )
     if patch is not None and replace(layout, patch_size=patch) != layout:
         raise InputError(
             f"patch_size={patch}, but {name} has patches of {layout.patch_size}; leave patch_size "
             "out"
         )
-    if layout.image_size != (height, width):
-        raise InputError(
-            f"{name} saw pictures of {_size(*layout.image_size)}, the images are "
-            f"{_size(height, width)}; pass the images that the model got"
-        )
-    if site.kind == "global" and layout.frames != frames:
-        raise InputError(
-            f"{name} saw {layout.frames} frames, images has {frames}; pass the images that the "
-            "model got"
-        )
-    return replace(layout, frames=frames)
+    for seen in (layout.image_size, site.query_layout.image_size):
+        if seen != (height, width):
+            raise InputError(
+                f"{name} saw pictures of {_size(*seen)}, the images are "
+                f"{_size(height, width)}; pass the images that the model got"
+            )
+    return site.query_layout, layout
 
 
-def kind_of(
-    attention: Attention, layout: TokenLayout, batches: int, attention_type: str | None
-) -> str:
-    """ "frame" or "global": `attention_type`, checked against what the weights are and hold."""
-    if attention_type is not None and attention_type not in ATTENTION_TYPES:
-        raise InputError(f"attention_type is 'frame' or 'global', got {attention_type!r}")
-    name, tokens = name_of(attention), attention.shape[-1]
-    one, whole = layout.tokens_per_frame, layout.num_tokens
-    kind = attention.site.kind if attention.site else "self"
-    if kind not in (*ATTENTION_TYPES, "self"):
-        raise InputError(f"{name} is {kind} attention, neither frame nor global")
-    if kind == "self" and tokens == one == whole:
-        kind = attention_type or ("frame" if attention.shape[0] > 1 else "global")
-    elif kind == "self":
-        kind = "frame" if tokens == one else "global"
-    if tokens != (one if kind == "frame" else whole):
+def _kind_by_size(attention: Attention, layout: TokenLayout, asked: str | None) -> str:
+    """ "frame" or "global": what the number of tokens says."""
+    tokens, one, whole = attention.shape[-1], layout.tokens_per_frame, layout.num_tokens
+    if tokens == one == whole:
+        return asked or ("frame" if attention.shape[0] > 1 else "global")
+    if tokens not in (one, whole):
         raise InputError(
-            f"{name} has {tokens} tokens, which fits neither frame attention ({one} = "
-            f"{layout.num_special} special + {layout.grid[0]}×{layout.grid[1]} patches) nor global "
-            f"attention of {layout.frames} frames ({whole}); pass the images that the model got, "
-            "and patch_size and patch_start_idx of that model"
+            f"{name_of(attention)} has {tokens} tokens, which fits neither frame attention ({one} "
+            f"= {layout.num_special} special + {layout.grid[0]}×{layout.grid[1]} patches) nor "
+            f"global attention of {layout.frames} frames ({whole}); pass the images that the model "
+            "got, and patch_size and patch_start_idx of that model"
         )
-    if attention_type is not None and attention_type != kind:
-        here, there = ("one frame", "all frames") if kind == "frame" else ("all frames", "one")
-        raise InputError(
-            f"attention_type={attention_type!r}, but {name} is {kind} attention: {tokens} tokens "
-            f"are {here} of {one}, not {there}. Pass attention_type={kind!r}, or "
-            f"result['{attention_type}_attention']['attn_weights']"
-        )
-    size, expected = f"B = {batches}", batches
+    return "frame" if tokens == one else "global"
+
+
+def _check_counts(attention: Attention, sides: Sides) -> None:
+    """Orders say how captured tokens and layouts fit; where there is none they are the same."""
+    site = attention.site
+    orders = (site.query_order, site.key_order) if site else (None, None)
+    counts, layouts = attention.shape[2:], (sides.query, sides.key)
+    for side, count, layout, order in zip(
+        ("queries", "keys"), counts, layouts, orders, strict=True
+    ):
+        if order is None and count != layout.num_tokens:
+            raise InputError(
+                f"{name_of(attention)} has {count} {side}, its layout ({layout}) has "
+                f"{layout.num_tokens} tokens; run capture again with the layout of this model"
+            )
+
+
+def _check_batch(attention: Attention, kind: str, size: tuple[int, int, int, int]) -> None:
+    batches, frames = size[:2]
+    said, expected = f"B = {batches}", batches
     if kind == "frame":
-        size, expected = f"B·S = {batches}·{layout.frames}", batches * layout.frames
+        said, expected = f"B·S = {batches}·{frames}", batches * frames
     if attention.shape[0] != expected:
         raise InputError(
-            f"{name} holds {attention.shape[0]} in its batch dimension, images say {size}; pass "
-            "images (B, S, 3, H, W) as the model got them, and the weights of all of them"
+            f"{name_of(attention)} holds {attention.shape[0]} in its batch dimension, images say "
+            f"{said}; pass images (B, S, 3, H, W) as the model got them, and the weights of all of "
+            "them"
         )
-    return kind
+    site = attention.site
+    if kind == "frame" and min(batches, frames) > 1 and site and not site.frames_in_batch:
+        raise InputError(
+            f"how {name_of(attention)} folds {frames} frames of {batches} scenes into its batch is "
+            "not known; run the model on one scene"
+        )
 
 
 def checked_types(attention_types: str | Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vggt_adapter.extractor import find_aggregator, site_names
+from vggt_adapter.blocks import find_blocks, watched_part
 from vggt_adapter.steps import load_model, load_pictures
 from vistvis.models.loading import LoadedModel
 
@@ -16,11 +16,11 @@ def load(
     """The loader of the entry-point group "vistvis.models"; `model` as in `load_model`."""
     ready = load_model(model, device=device, dtype=dtype)
     pictures = load_pictures(list(images), ready, size=size).images.unsqueeze(0)
-    aggregator = find_aggregator(ready)
+    watched = watched_part(ready)
     return LoadedModel(
         model=ready,
         images=pictures.to(next(ready.parameters())),
         pictures=pictures,
-        watched=aggregator,
-        names=site_names(aggregator),
+        watched=watched,
+        names={block.path: block.name for block in find_blocks(watched)},
     )

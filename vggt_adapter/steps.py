@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from vggt_adapter.config import IMAGE_SIZE, PATCH_SIZE
-from vggt_adapter.extractor import extract_both_attentions, find_aggregator
+from vggt_adapter.blocks import find_blocks, watched_part
+from vggt_adapter.config import IMAGE_SIZE
+from vggt_adapter.extractor import extract_both_attentions
 from vggt_adapter.inputs import ATTENTION_TYPES, FloatArray, Query, checked_types
 from vggt_adapter.model import VGGT
 from vggt_adapter.preprocess import LoadedImages, load_images
@@ -24,6 +25,7 @@ from vistvis import TokenLayout, TokenPlace
 from vistvis.devices import device_of, dtype_of
 from vistvis.errors import InputError
 from vistvis.files import PathLike, atomic_file
+from vistvis.models.sites import find_sites
 from vistvis.progress import progress
 
 if TYPE_CHECKING:
@@ -107,10 +109,14 @@ def load_pictures(
 ) -> LoadedImages:
     """Photographs as the model takes them; None: the sample views."""
     chosen = sample_views() if paths is None else list(paths)
-    config = getattr(model, "config", None)
+    # Of any pictures that are large enough: a model's patches have one size.
+    (patch_size, across) = TokenLayout.from_model(model, torch.empty(1, 1, 3, 512, 512)).patch_size
+    if across != patch_size:
+        raise InputError(f"patches are square here, this model's are {patch_size}×{across}")
     if size is None:
-        size = int(suggested(model, "size", getattr(config, "img_size", IMAGE_SIZE)))
-    patch_size = getattr(config, "patch_size", PATCH_SIZE)
+        config = getattr(model, "config", None)
+        default = getattr(config, "img_size", IMAGE_SIZE // patch_size * patch_size)
+        size = int(suggested(model, "size", default))
     return load_images(chosen, mode=mode, size=size, patch_size=patch_size)
 
 
@@ -134,7 +140,7 @@ def choose_token(
     Returns its place, and the index that was asked for; InputError if there is no such pixel, or it
     was cropped away.
     """
-    layout = TokenLayout.from_model(find_aggregator(model), loaded.images)
+    layout = TokenLayout.from_model(model, loaded.images.unsqueeze(0))
     if pixel is not None:
         frame, x, y = pixel
         if not 0 <= frame < layout.frames:
@@ -159,7 +165,8 @@ def ask(
     `query` says how to look at it; its `token_idx` is what was asked for, before it was moved.
     """
     kinds = checked_types(attention_types)
-    images = loaded.images.to(next(model.parameters()))
+    # With a batch dimension, which some relatives insist on.
+    images = loaded.images.unsqueeze(0).to(next(model.parameters()))
     with blocks_progress(model):
         result = extract_both_attentions(model, images, block_idx=int(block_idx))
     values = {}
@@ -177,12 +184,11 @@ def ask(
 @contextmanager
 def blocks_progress(model: nn.Module) -> Iterator[None]:
     """A bar over the blocks while the model runs, if that takes longer than two seconds."""
-    aggregator: Any = find_aggregator(model)
-    blocks = [
-        *getattr(getattr(aggregator, "patch_embed", None), "blocks", ()),
-        *aggregator.frame_blocks,
-        *aggregator.global_blocks,
-    ]
+    part = watched_part(model)
+    # What has attention up to the last block: encoders come first, heads that may not run after.
+    names = find_sites(part).names
+    last = max(names.index(block.path) for block in find_blocks(part))
+    blocks = [part.get_submodule(name) for name in names[: last + 1]]
     with progress(None, "running the model", unit="block", total=len(blocks), delay=2) as bar:
         hooks = [block.register_forward_hook(lambda *_: bar.update() and None) for block in blocks]
         try:

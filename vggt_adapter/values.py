@@ -16,13 +16,13 @@ from vggt_adapter.inputs import (
     Head,
     Images,
     Query,
+    Sides,
     Weights,
     as_attention,
     head_of,
     images_shape,
-    kind_of,
-    layout_of,
     name_of,
+    sides_of,
     within,
 )
 from vistvis import Attention, SiteInfo, TokenLayout, TokenPlace
@@ -47,13 +47,15 @@ class QueryValues:
 
     attention_type: str
     layout: TokenLayout
-    """All S frames."""
+    """All S frames, in the order in which the pictures came in."""
     query: TokenPlace
     """Counted absolutely over all frames."""
     requested: int
     """The token index that was asked for, before it was moved to a patch."""
+    frames: tuple[int, ...]
+    """Those that the keys lie in: of frame attention one, of global attention all."""
     maps: FloatArray
-    """`(F, rows, cols)`, the frames shown: F = S for global attention, 1 for frame attention."""
+    """`(F, rows, cols)`, one for each of `frames`."""
     images: FloatArray
     """`(S, H, W, 3)` in [0, 1]."""
     head: int | str
@@ -66,10 +68,16 @@ class QueryValues:
     site: SiteInfo | None = None
 
     @property
-    def frames(self) -> range:
-        """The frames that `maps` shows."""
-        first = self.query.frame_idx if self.attention_type == "frame" else 0
-        return range(first, first + len(self.maps))
+    def pictures(self) -> tuple[int, ...]:
+        """The frames of a figure: those of the keys, and before them the query's own."""
+        own = self.query.frame
+        return self.frames if own is None or own in self.frames else (own, *self.frames)
+
+    @property
+    def merged(self) -> bool:
+        """Whether keys are merged tokens, whose patches share their weight equally."""
+        order = self.site.key_order if self.site else None
+        return order is not None and order.members is not None
 
     @property
     def head_text(self) -> str:
@@ -152,25 +160,29 @@ def get_attention_values(
     ----------
     attn_weights
         `(B·S, h, P, P)` of a frame block or `(B, h, S·P, S·P)` of a global one: an `Attention`, or
-        a plain tensor or array.
+        a plain tensor or array. Only an `Attention` can be of register or cross blocks, of a
+        cache, or of tokens that the model reordered or merged; it knows which is which.
     images
-        `(S, 3, H, W)` or `(B, S, 3, H, W)` in [0, 1], as the model got them.
+        `(S, 3, H, W)` or `(B, S, 3, H, W)` in [0, 1], all pictures that the weights are about, in
+        the order in which the model got them.
     token_idx
-        Within its frame for frame attention, absolute for global attention. One that is no patch
-        is moved to the nearest patch of its frame (past the end: the last patch of the last
-        frame), with a `VistvisWarning` that names both.
+        Within its frame for frame attention, absolute over all pictures otherwise, whatever the
+        model did to the order. One that is no patch is moved to the nearest patch of its frame
+        (past the end: the last patch of the last frame), with a `VistvisWarning` that names both.
     head_idx
         A head, or "mean" or "max" over all heads.
     patch_start_idx
-        Special tokens per frame. Default: what the weights say, else 5.
+        Special tokens in front of a frame's patches. Default: what the weights say; for plain
+        tensors VGGT's 5.
     attention_type
-        "frame" or "global". Default: what the weights say, else what their size says.
+        "frame", "global", "register" or "cross". Default: what the weights say, else what their
+        size says.
     frame_idx
-        The frame of frame attention; default 0. Global attention takes it from `token_idx`.
+        The frame of frame attention; default 0. Other kinds take it from `token_idx`.
     batch_idx
         Which of the B batches.
     patch_size
-        In pixels. Default: what the weights say, else 14.
+        In pixels. Default: what the weights say; for plain tensors VGGT's 14.
     renormalize
         Divide by the mass on patches, so that the maps sum to 1. Default: raw softmax weights over
         all tokens, special ones included.
@@ -180,7 +192,8 @@ def get_attention_values(
     Returns
     -------
     dict
-        'attention_maps': `(rows, cols)` for frame attention, `(S, rows, cols)` for global;
+        'attention_maps': `(rows, cols)` for frame attention, `(S, rows, cols)` for global, and for
+        cross attention one for each picture that its keys lie in;
         'attention_maps_resized': the same at `(H, W)`, bilinear; 'images': `(S, H, W, 3)` in
         [0, 1]; 'metadata': grid_h, grid_w, H, W, S, token_idx, head_idx, attention_type,
         patch_start_idx, patch_mass, frame_idx, token_in_frame, batch_idx, requested_token_idx,
@@ -208,29 +221,16 @@ def get_attention_values(
 def query_values(attn_weights: Weights, images: Images, query: Query) -> QueryValues:
     """The same as `get_attention_values`, as an object that figures are drawn from."""
     attention = as_attention(attn_weights)
-    batches, frames, height, width = images_shape(images)
-    layout = layout_of(attention, (frames, height, width), query)
-    kind = kind_of(attention, layout, batches, query.attention_type)
-    batch = within("batch_idx", query.batch_idx, batches)
-
-    token, special = operator.index(query.token_idx), query.allow_special
-    if kind == "frame":
-        frame = within("frame_idx", 0 if query.frame_idx is None else query.frame_idx, frames)
-        inner = resolve_token(layout.frame_layout(), token, allow_special=special, of=layout)
-        place = layout.locate(layout.index(frame=frame, token=inner.token))
-        row, keys, at = inner.token, layout.frame_layout(), batch * frames + frame
-    else:
-        place = resolve_token(layout, token, allow_special=special)
-        if query.frame_idx is not None and operator.index(query.frame_idx) != place.frame:
-            raise InputError(
-                f"global attention counts tokens over all frames: token {place.token} lies in "
-                f"frame {place.frame}, not in frame_idx={query.frame_idx}. Leave frame_idx out, or "
-                f"take token_idx=frame_idx * {layout.tokens_per_frame} + token_in_frame"
-            )
-        row, keys, at = place.token, layout, batch
-
+    size = images_shape(images)
+    sides = sides_of(attention, size, query)
+    batch = within("batch_idx", query.batch_idx, size[0])
+    place = _place_of(attention, sides, query)
     head = head_of(query.head_idx, attention.shape[1])
-    maps: FloatArray = keys.maps(_row(attention, at, head, row))
+    row = _row(attention, sides, batch, head, place)
+    frames = _frames_of(attention.site, sides, batch, place)
+    maps: FloatArray = sides.key.maps(row)
+    if sides.kind == "cross":
+        maps = maps[list(frames)]
     mass = float(maps.sum(dtype=np.float64))
     if query.renormalize:
         if mass <= 0:
@@ -240,10 +240,11 @@ def query_values(attn_weights: Weights, images: Images, query: Query) -> QueryVa
             )
         maps = maps / mass
     return QueryValues(
-        attention_type=kind,
-        layout=layout,
+        attention_type=sides.kind,
+        layout=sides.layout,
         query=place,
-        requested=token,
+        requested=operator.index(query.token_idx),
+        frames=frames,
         maps=maps,
         images=to_unit(images[batch] if images.ndim == 5 else images),
         head=head,
@@ -255,12 +256,98 @@ def query_values(attn_weights: Weights, images: Images, query: Query) -> QueryVa
     )
 
 
+def _place_of(attention: Attention, sides: Sides, query: Query) -> TokenPlace:
+    """The query token, counted over all frames."""
+    layout, token, special = sides.layout, operator.index(query.token_idx), query.allow_special
+    if sides.kind == "frame":
+        asked = 0 if query.frame_idx is None else query.frame_idx
+        frame = within("frame_idx", asked, layout.frames)
+        one = layout.frame_layout()
+        inner = resolve_token(one, token, allow_special=special, of=layout, stacklevel=5)
+        return layout.locate(layout.index(frame=frame, token=inner.token))
+    if sides.kind == "register":
+        _check_register(attention, layout, token, allowed=special)
+    place = resolve_token(layout, token, allow_special=special, stacklevel=5)
+    if query.frame_idx is not None and operator.index(query.frame_idx) != place.frame:
+        raise InputError(
+            f"{sides.kind} attention counts tokens over all frames: token {place.token} lies in "
+            f"frame {place.frame}, not in frame_idx={query.frame_idx}. Leave frame_idx out, or "
+            f"take token_idx=frame_idx * {layout.tokens_per_frame} + token_in_frame"
+        )
+    return place
+
+
+def _check_register(
+    attention: Attention, layout: TokenLayout, token: int, *, allowed: bool
+) -> None:
+    if allowed and 0 <= token < layout.num_tokens and not layout.locate(token).is_patch:
+        return
+    raise InputError(
+        f"register blocks hold no patches, and token_idx={token} of {name_of(attention)} is to be "
+        "one; ask for a camera or register token, for example token_idx=0, with allow_special=True"
+    )
+
+
+def _row(
+    attention: Attention, sides: Sides, batch: int, head: int | str, place: TokenPlace
+) -> FloatArray:
+    """Weights of the query token over all tokens of the key layout, `(N,)`."""
+    site, item, token = attention.site, batch, _token_of_queries(attention, sides, place)
+    if sides.kind == "frame":
+        frame, frames = place.frame_idx, sides.layout.frames
+        item = batch * frames + frame
+        if site is not None and site.frames_in_batch:
+            item = site.batch_item(batch, frame, frames=frames)
+    with torch.no_grad():
+        chosen = head if isinstance(head, int) else None
+        rows = attention.token_rows(token, batch=item, heads=chosen)[:, 0]
+        row = rows.amax(0) if head == "max" else rows.mean(0)  # one head is its own mean
+    values: FloatArray = row.detach().cpu().numpy()
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"the weights of {name_of(attention)}, token {place.token}, hold NaN or infinity: the "
+            "model overflowed (float16?); run it in bfloat16 or float32"
+        )
+    return values
+
+
+def _token_of_queries(attention: Attention, sides: Sides, place: TokenPlace) -> int:
+    """The query token's number in the layout of the queries."""
+    if sides.kind == "frame":
+        return place.token_in_frame
+    if sides.query.frames == sides.layout.frames:
+        return place.token
+    site = attention.site
+    first, count = (site.first_frame if site else 0), sides.query.frames
+    if place.frame is None or not first <= place.frame < first + count:
+        raise InputError(
+            f"{name_of(attention)} holds queries of frames {first}…{first + count - 1} only, the "
+            f"others are keys from a cache; {place} is none of them: take the pass of its frame"
+        )
+    return sides.query.index(frame=place.frame - first, token=place.token_in_frame)
+
+
+def _frames_of(
+    site: SiteInfo | None, sides: Sides, batch: int, place: TokenPlace
+) -> tuple[int, ...]:
+    """The frames that keys lie in."""
+    if sides.kind == "frame":
+        return (place.frame_idx,)
+    if sides.kind != "cross" or site is None or site.key_order is None:
+        return tuple(range(sides.layout.frames))
+    tokens = site.key_order.tokens
+    ours = (tokens if tokens.ndim == 1 else tokens[batch]).tolist()
+    frames = {sides.key.locate(token).frame for token in ours if token >= 0}
+    return tuple(sorted(frame for frame in frames if frame is not None))
+
+
 def resolve_token(
     layout: TokenLayout,
     token_idx: SupportsIndex,
     *,
     allow_special: bool = False,
     of: TokenLayout | None = None,
+    stacklevel: int = 4,
 ) -> TokenPlace:
     """The query token that is meant in `layout`, moved to the nearest patch where it is none.
 
@@ -285,21 +372,6 @@ def resolve_token(
     warnings.warn(
         f"token_idx {token} {what}; using the nearest patch instead, {moved}{fix}",
         VistvisWarning,
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
     return moved
-
-
-def _row(attention: Attention, batch: int, head: int | str, query: int) -> FloatArray:
-    """Weights of one query over all keys, `(Nk,)`."""
-    with torch.no_grad():
-        chosen = head if isinstance(head, int) else None
-        rows = attention.rows(query, batch=batch, heads=chosen)[0, :, 0]
-        row = rows.amax(0) if head == "max" else rows.mean(0)  # one head is its own mean
-    values: FloatArray = row.detach().cpu().numpy()
-    if not np.isfinite(values).all():
-        raise InputError(
-            f"the weights of {name_of(attention)}, token {query}, hold NaN or infinity: the model "
-            "overflowed (float16?); run it in bfloat16 or float32"
-        )
-    return values

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from vistvis.decorators.paths import StaticMetadata as StaticMetadata
     from vistvis.hooks.capture import Capture as Capture
     from vistvis.hooks.capture import capture as capture
+    from vistvis.hooks.finding import find_sites as find_sites
     from vistvis.hooks.trace import trace_layout as trace_layout
-    from vistvis.models.sites import find_sites as find_sites
     from vistvis.store import Run as Run
     from vistvis.store import RunWriter as RunWriter
     from vistvis.store import open_run as open_run
@@ -54,8 +54,8 @@ _LAZY = {
         "run_overlay_for_reconstruction",
     ),
     "vistvis.hooks.capture": ("Capture", "capture"),
+    "vistvis.hooks.finding": ("find_sites",),
     "vistvis.hooks.trace": ("trace_layout",),
-    "vistvis.models.sites": ("find_sites",),
     "vistvis.store": ("Run", "RunWriter", "open_run", "save_run"),
     "vistvis.views.overlay_folder": ("OverlayOutputPath",),
     "vistvis.views.pdf": ("plot_attention_for_reconstruction",),

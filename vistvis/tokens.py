@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
@@ -345,11 +345,12 @@ class TokenLayout:
             ) from error
 
     @classmethod
-    def from_model(cls, model: nn.Module, images: torch.Tensor) -> TokenLayout:
-        """The layout that a timm, Hugging Face, torchvision, open_clip or VGGT-like model gives.
+    def from_model(cls, model: nn.Module, images: torch.Tensor | Sequence[Any]) -> TokenLayout:
+        """The layout that a timm, Hugging Face, torchvision, open_clip or multi-view model gives.
 
-        `images` are `(B, 3, H, W)`, or `(S, 3, H, W)` / `(B, S, 3, H, W)` for a VGGT-like model.
-        `LayoutError` if the grid or special tokens are not known; pass a layout by hand then.
+        `images` are `(B, 3, H, W)`; for a multi-view model `(S, 3, H, W)`, `(B, S, 3, H, W)`, or a
+        list of S views, each a tensor `(B, 3, H, W)` or a dict with one as `img`. `LayoutError` if
+        grid, patch size or special tokens are not known; pass a layout by hand then.
         """
         from vistvis.models.layouts import layout_from_model
 

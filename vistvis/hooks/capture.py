@@ -11,10 +11,18 @@ from torch import nn
 
 from vistvis.attention import Attention
 from vistvis.errors import CaptureError, InputError, SiteError, VistvisWarning
-from vistvis.hooks.reasons import why_unfired
+from vistvis.hooks.reasons import outside_lines, why_unfired
 from vistvis.hooks.results import LayoutOf, Options, ReadFrom, Results, Sink
 from vistvis.hooks.watching import Watch
-from vistvis.models.sites import Chooser, Site, SiteList, choose_sites, find_sites, table
+from vistvis.models.sites import (
+    Chooser,
+    Site,
+    SiteList,
+    choose_sites,
+    find_sites,
+    is_torchs,
+    table,
+)
 from vistvis.tokens import TokenLayout
 
 
@@ -28,8 +36,9 @@ def capture(
     rope: bool = True,
     verify: bool = False,
     sink: Sink | None = None,
-    layout: TokenLayout | LayoutOf | None = None,
+    layout: TokenLayout | LayoutOf | Literal["trace"] | None = None,
     names: Mapping[str, str] | None = None,
+    discover: bool = False,
 ) -> Capture:
     """Capture the attention of chosen sites while the model runs.
 
@@ -40,7 +49,9 @@ def capture(
         on it afterwards.
     sites
         A glob over dotted names (`*` within one part, `**` any number of parts), a list of names or
-        globs, a predicate over `Site`, or None for every site that can be read.
+        globs, a predicate over `Site`, or None for every site that can be read, and with them what
+        else a pass shows: a kernel call in code that no site's forward reaches is kept under the
+        name of the module that ran, a second one of that pass as `name#2`.
     accumulate
         Keep every forward pass: `captured[name]` is then a list. Otherwise the last pass wins.
     keep
@@ -55,7 +66,8 @@ def capture(
         Called with `(name, attention)` as soon as a site has run; nothing is kept then.
     layout
         A token layout, or a function of `(model, args, kwargs)` of each pass; by default what
-        `TokenLayout.from_model` knows.
+        `TokenLayout.from_model` knows. "trace" measures it, as `trace_layout` does, in the first
+        pass with pictures of a size: some 20 to 40 forwards more.
     names
         Dotted name → the name that a site goes by, in the capture, its report, the sink and
         `site.name`; `site.path` keeps the dotted one. Look-ups and globs take either. Sites that
@@ -75,24 +87,30 @@ def capture(
     CaptureError
         If the model can't be captured at all (`DataParallel`, TorchScript). At access or at the end
         of the block: a site that never ran, ran twice in a pass, or made a kernel call that can't
-        be turned into exact weights. With `sites=None`, one that only ran twice is a warning there.
+        be turned into exact weights. With `sites=None`, one that only ran twice, or that only the
+        pass has shown, is a warning there.
 
     Cost: some 0.5 ms of Python a site and pass (measured: 1 to 3 % of a forward of VGGT on a CPU),
     and for the first of several passes the system's time to give memory for Q and K, on a CPU 2 to
-    3 % more. Memory: Q and K of the chosen sites (weights where eager code has only those).
+    3 % more. `discover` follows every torch function outside of sites: some µs each. Memory: Q and
+    K of the chosen sites (weights where eager code has only those).
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"capture needs an nn.Module, got {type(model).__name__}")
-    options = Options(accumulate, keep, source, rope, verify, sink, layout, sites is not None)
+    asked = sites is not None
+    options = Options(accumulate, keep, source, rope, verify, sink, layout, discover, asked)
     _check_model(model)
     every = find_sites(model).named(names or {})
-    return Capture(model, every, choose_sites(every, sites), options)
+    # What code does not show, a pass may.
+    waits = not (every or asked or all(is_torchs(module) for module in model.modules()))
+    return Capture(model, every, every if waits else choose_sites(every, sites), options)
 
 
 class Capture(Mapping[str, Attention]):
     """Captured attention by site name, in model order; made by `capture`.
 
-    A site that could not be read is in the mapping too, and raises the reason.
+    A site that could not be read is in the mapping too, and raises the reason; but for one that ran
+    several times in a pass and was not asked for: that one only raises it when it is looked up.
     """
 
     def __init__(
@@ -104,7 +122,7 @@ class Capture(Mapping[str, Attention]):
         self._results = Results(self._chosen, accumulate=options.accumulate)
         self._told: set[str] = set()
         self._released = False
-        self._watch = Watch(model, chosen, options, self._results)
+        self._watch = Watch(model, every, chosen, options, self._results)
 
     # -- life cycle ------------------------------------------------------------------------------
 
@@ -142,15 +160,12 @@ class Capture(Mapping[str, Attention]):
             more = f"; and {len(untold) - 5} more sites" if len(untold) > 5 else ""
             # A head that iterates, and that nobody asked for, does not spoil the rest.
             rest = any(count and name not in errors for name, count in fired.items())
-            if self._options.asked or not rest or not untold.keys() <= self._results.repeated:
+            soft = self._results.repeated | self._results.adopted.keys()
+            if self._options.asked or not rest or not untold.keys() <= soft:
                 raise CaptureError("; ".join(lines) + more)
             warnings.warn("; ".join(lines) + more, VistvisWarning, stacklevel=3)
         if self.passes and not any(fired.values()):
-            site = next(iter(self._chosen.values()))
-            raise CaptureError(
-                f"none of the {len(self._chosen)} chosen sites ran in {self.passes} forward "
-                f"pass(es), {site.name!r} for one: {why_unfired(self._model, site)}"
-            )
+            raise CaptureError(self._why_nothing())
 
     # -- the mapping -----------------------------------------------------------------------------
 
@@ -174,10 +189,7 @@ class Capture(Mapping[str, Attention]):
         if not names and self._options.sink is None:
             if self._released:
                 raise CaptureError("this capture was closed and let go of its data")
-            site = next(iter(self._chosen.values()))
-            raise CaptureError(
-                f"nothing was captured: site {site.name!r} {self._why_missing(site)}"
-            )
+            raise CaptureError(f"nothing was captured: {self._why_nothing()}")
         return iter(names)
 
     def __len__(self) -> int:
@@ -190,10 +202,13 @@ class Capture(Mapping[str, Attention]):
         """Sites that gave something in what is kept: attention, or a reason why there is none."""
         self._watch.drain()
         results = self._results
-        return [n for n in self._chosen if n in results.attention or n in results.errors]
+        names = [n for n in self._sites if n in results.attention or n in results.errors]
+        # Heads that iterate, and that nobody asked for, are told of, and don't spoil a walk.
+        rest = [n for n in names if n not in results.repeated]
+        return names if self._options.asked else rest or names
 
     def _site(self, name: str) -> Site:
-        site = self._chosen.get(self._names.get(name, name))
+        site = self._sites.get(self._names.get(name, name))
         if site is None:
             choose_sites(self._every, [name])  # raises with the nearest names
             raise SiteError(
@@ -201,6 +216,36 @@ class Capture(Mapping[str, Attention]):
                 f"{', '.join(list(self._chosen)[:4])}{', …' if len(self._chosen) > 4 else ''}"
             )
         return site
+
+    @property
+    def _sites(self) -> dict[str, Site]:
+        """The chosen sites, then those that only a pass has shown."""
+        return {**self._chosen, **self._results.adopted}
+
+    def _outside(self) -> list[str]:
+        return outside_lines(self._model, self._results.outside, self._every)
+
+    def _why_nothing(self) -> str:
+        """Why no site has anything, and what was seen outside of them."""
+        fired = any(self._results.fired.values())
+        if self._chosen and (fired or not self.passes):
+            site = next(iter(self._chosen.values()))
+            return f"site {site.name!r} {self._why_missing(site)}"
+        if not self.passes and not self.failed_passes:
+            return "the model was not run while it was captured; run it"
+        if self._chosen:
+            site = next(iter(self._chosen.values()))
+            why = (
+                f"none of the {len(self._chosen)} chosen sites ran in {self.passes} forward "
+                f"pass(es), {site.name!r} for one: {why_unfired(self._model, site)}"
+            )
+        else:
+            why = (
+                f"no kernel call that can be read in {self.passes} forward pass(es), and no module "
+                "whose own code reaches one"
+                + ("" if self._options.discover else "; discover=True looks into all code")
+            )
+        return "; ".join([why, *self._outside()])
 
     def _why_missing(self, site: Site) -> str:
         fired = self._results.fired[site.name]
@@ -229,8 +274,8 @@ class Capture(Mapping[str, Attention]):
 
     @property
     def sites(self) -> SiteList:
-        """The chosen sites."""
-        return SiteList(self._chosen.values())
+        """The chosen sites, and those that only a pass has shown."""
+        return SiteList(self._sites.values())
 
     @property
     def nbytes(self) -> int:
@@ -238,17 +283,22 @@ class Capture(Mapping[str, Attention]):
         return sum(one.nbytes for held in self._results.attention.values() for one in held)
 
     def report(self) -> str:
-        """A table: every chosen site, how often it ran, how it was read, and what went wrong."""
+        """A table: every site, how often it ran, how it was read, and what went wrong.
+
+        Below it, what was seen outside: every kernel call of the passes is in one or the other.
+        """
         self._watch.drain()
         results = self._results
         head = (
-            f"{len(self._chosen)} sites expected, {len(results.attention)} captured, "
+            f"{len(self._chosen)} sites expected, "
+            + (f"{len(results.adopted)} more seen, " if results.adopted else "")
+            + f"{len(results.attention)} captured, "
             f"{self.passes} forward passes"
             + (f", {self.failed_passes} failed" if self.failed_passes else "")
             + (" (still watching)" if self.attached else "")
         )
         rows = [("site", "module", "ran", "read from", "result")]
-        for name, site in self._chosen.items():
+        for name, site in self._sites.items():
             if name in results.errors:
                 outcome = f"error: {results.errors[name]}"
             elif name in results.attention:
@@ -262,11 +312,11 @@ class Capture(Mapping[str, Attention]):
         for site in self._every:
             if site.refused:
                 rows.append((site.name, site.type, "–", "–", f"refused: {site.refused}"))
-        return f"{head}\n{table(rows)}"
+        return "\n".join([head, table(rows), *self._outside()])
 
     def __repr__(self) -> str:
         return (
-            f"Capture({len(self._results.attention)} of {len(self._chosen)} sites of "
+            f"Capture({len(self._results.attention)} of {len(self._sites)} sites of "
             f"{type(self._model).__name__}, {self.nbytes / 2**20:.1f} MB"
             f"{', watching' if self.attached else ''})"
         )

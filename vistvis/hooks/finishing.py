@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from vistvis.attention import Attention, SiteInfo
 from vistvis.errors import CaptureError
 from vistvis.hooks.readings import error_text
-from vistvis.hooks.results import Options, Pass, Results
+from vistvis.hooks.results import Options, Pass, Results, numbered
 from vistvis.hooks.settling import SiteRun, settle
 from vistvis.hooks.verify import verify_reading
 from vistvis.models.placing import site_info
@@ -52,26 +53,54 @@ class Finisher(threading.local):
                     "use accumulate=True for a list"
                 )
             with torch.no_grad():
-                attention = self._read(run, now.layout)
-                if self._options.sink is not None:
-                    self._options.sink(name, attention)
-                else:
-                    now.attention.setdefault(name, []).append(attention)
+                for one, attention in self._read(run, now):
+                    if self._options.sink is not None:
+                        self._options.sink(one, attention)
+                    else:
+                        now.attention.setdefault(one, []).append(attention)
         except Exception as error:  # kept for access: the user's forward goes on
             now.errors.setdefault(name, error_text(error))
         if now.loose:
             self._results.commit(now, count=False)
 
-    def _read(self, run: SiteRun, layout: TokenLayout | None) -> Attention:
-        options = self._options
-        reading, attention = settle(run, options.kernel_source)
-        source = reading.source
-        if options.verify:
-            verify_reading(reading)
-        if run.before is not None:
-            source, attention = "projection", run.before.attention(attention, rope=options.rope)
-        self._results.sources[run.site.name] = source
-        return attention.with_site(self._info(run.site, attention, source, layout))
+    def _read(self, run: SiteRun, now: Pass) -> list[tuple[str, Attention]]:
+        """What a run gave, by name: of most modules one, else `name`, `name#2`, …"""
+        options, results = self._options, self._results
+        if isinstance(now.trace, str):
+            raise CaptureError(now.trace)
+        settled = settle(run, options.kernel_source)
+        if run.before is not None and len(settled) > 1:
+            raise CaptureError(
+                f"made {len(settled)} attention kernel calls in one run, and which projections "
+                'belong to which is not known; leave out rope=False and source="projection"'
+            )
+        outside = results.adopted.get(run.site.name) is run.site
+        given = []
+        for number, (reading, attention) in enumerate(settled, 1):
+            site, source = self._numbered(run.site, number), reading.source
+            if options.verify:
+                verify_reading(reading)
+            if run.before is not None:
+                source, attention = "projection", run.before.attention(attention, rope=options.rope)
+            results.sources[site.name] = source
+            # One of several calls outside of sites, or a part of one, may be about any tokens.
+            part = "#" in site.name or attention.shape[2] != attention.shape[3]
+            known = None if outside and part else now.layout
+            info = self._info(site, attention, source, known)
+            if now.trace is not None:
+                info = now.trace.describe(info, attention.shape)
+            elif run.placing is not None:
+                info = run.placing.onto(info, attention.shape)
+            given.append((site.name, attention.with_site(info)))
+        return given
+
+    def _numbered(self, site: Site, number: int) -> Site:
+        if number == 1:
+            return site
+        name, path = numbered(site.name, number), numbered(site.path, number)
+        second = self._results.adopt(name, lambda: replace(site, name=name, path=path))
+        self._results.fired[name] += 1
+        return second
 
     def _info(
         self, site: Site, attention: Attention, source: str, layout: TokenLayout | None

@@ -189,3 +189,18 @@ def encoder_layers(
         and type(module).forward is nn.TransformerEncoderLayer.forward
         and id(module.self_attn) in watched
     ]
+
+
+def fused_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules that run otherwise under a function mode: with a fused path, or compiled."""
+
+    def fused(module: nn.Module) -> bool:
+        if isinstance(module, nn.TransformerEncoderLayer):
+            return isinstance(module.self_attn, nn.MultiheadAttention)
+        if isinstance(module, nn.TransformerEncoder):
+            return bool(getattr(module, "use_nested_tensor", False))
+        return isinstance(module, nn.MultiheadAttention) or (
+            type(module).__name__ == "OptimizedModule"
+        )
+
+    return [module for module in model.modules() if fused(module)]

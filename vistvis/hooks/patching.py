@@ -53,14 +53,16 @@ def _wrap(original: Forward, listener: Listener) -> Forward:
     return forward
 
 
-def attach(module: nn.Module, listener: Listener, *, method: str = "forward") -> None:
-    """Put a listener around a method of one instance."""
+def attach(
+    module: nn.Module, listener: Listener, *, method: str = "forward", inside: bool = False
+) -> None:
+    """Put a listener around a method of one instance, and around or `inside` all others on it."""
     with _LOCK:
         patches = _PATCHES.setdefault(module, {})
         patch = patches.get(method)
         if patch is None:
             patch = patches[method] = _Patch(module, method)
-        patch.listeners = (*patch.listeners, listener)
+        patch.listeners = (listener, *patch.listeners) if inside else (*patch.listeners, listener)
         patch.apply(module)
 
 

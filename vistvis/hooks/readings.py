@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,15 +19,41 @@ from vistvis.hooks.folding import Fold, UnreadableError
 SDPA = F.scaled_dot_product_attention
 
 
+class Mark(NamedTuple):
+    """Where a tensor lies in memory; holds on to the memory, so that nothing else comes there."""
+
+    storage: torch.UntypedStorage
+    itemsize: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Mark:
+        storage, offset = tensor.untyped_storage(), int(tensor.storage_offset())
+        return cls(storage, tensor.itemsize, offset, tuple(tensor.shape), tensor.stride())
+
+    def same_place(self, other: Mark) -> bool:
+        return self.storage.data_ptr() == other.storage.data_ptr() and self[1:] == other[1:]
+
+
 @dataclass(frozen=True)
 class Reading:
-    """One kernel call of one site: its weights, still lazy, and if asked for what verifies them."""
+    """One kernel call of one site: its weights, still lazy, and if asked for what verifies them.
+
+    `lead` and `marks` tell calls that are parts of one: leading dimensions before they were folded,
+    and where the queries and keys (of weights: the values) lay. `scores` are, for weights, which
+    product they were made of, and whether it was turned round before.
+    """
 
     attention: Attention | None
     source: str
     value: Tensor | None = None  # (B, h, Nk, dv)
     output: Tensor | None = None  # (B, h, Nq, dv)
     error: str = ""
+    lead: tuple[int, ...] = ()
+    marks: tuple[Mark, ...] = ()
+    scores: tuple[object, bool] | None = None
 
 
 @dataclass
@@ -40,9 +66,19 @@ class Notes:
     def take(self, source: str, read: Callable[[], Reading]) -> None:
         """Add a reading; what goes wrong is kept, because the user's forward goes on."""
         try:
-            self.readings.append(read())
+            self.readings.append(self._sharing_keys(read()))
         except Exception as error:
             self.readings.append(Reading(None, source, error=error_text(error)))
+
+    def _sharing_keys(self, reading: Reading) -> Reading:
+        """Without a copy of keys of its own, where they are those of the call before."""
+        now, before = reading.attention, self.readings[-1].attention if self.readings else None
+        if now is None or before is None or now.weights is not None or before.weights is not None:
+            return reading
+        if now.key is before.key or not _equal(now.key, before.key):
+            return reading
+        arguments = {name: getattr(now, name) for name in ("query", "scale", "mask", "causal")}
+        return replace(reading, attention=Attention(key=before.key, **arguments))
 
 
 class SdpaCall(NamedTuple):
@@ -122,12 +158,18 @@ class KernelReader(NamedTuple):
             mask=None if mask is None else keeping.mask(mask, autocast),
             causal=call.is_causal,
         )
+        reading = Reading(
+            attention,
+            "kernel",
+            lead=tuple(query.shape[:-2]),
+            marks=(Mark.of(call.query), Mark.of(call.key)),
+        )
         if not keeping.values or out is None:
-            return Reading(attention, "kernel")
+            return reading
         groups = call.query.shape[-3] // call.value.shape[-3] if call.enable_gqa else 1
         value = call.value.repeat_interleave(groups, -3) if groups > 1 else call.value
         value = fold(value.expand(*call.query.shape[:-2], *value.shape[-2:])).detach()
-        return Reading(attention, "kernel", value, fold(out).detach())
+        return replace(reading, value=value, output=fold(out).detach())
 
     def weights(
         self,
@@ -139,10 +181,12 @@ class KernelReader(NamedTuple):
         """Weights `(…, Nq, Nk)` that eager code multiplies with its values."""
         fold = self._fold(weights)
         attention = Attention.from_weights(keep(fold(weights), None, self.keeping.device))
+        marks = () if value is None or value.ndim != weights.ndim else (Mark.of(value),)
+        reading = Reading(attention, source, lead=tuple(weights.shape[:-2]), marks=marks)
         if not self.keeping.values or value is None or output is None:
-            return Reading(attention, source)
+            return reading
         value = value.expand(*weights.shape[:-2], *value.shape[-2:])
-        return Reading(attention, source, fold(value).detach(), fold(output).detach())
+        return replace(reading, value=fold(value).detach(), output=fold(output).detach())
 
     def _fold(self, tensor: Tensor) -> Fold:
         return Fold.of(tuple(tensor.shape[:-2]), self.heads, self.batch, self.heads_at)
@@ -170,6 +214,11 @@ def keep(
     if moved.is_inference() or (stored > 1.02 * needed + 1024 and not share):
         return moved.clone(memory_format=torch.contiguous_format)
     return moved
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    alike = first.shape == second.shape and first.dtype == second.dtype
+    return alike and first.device == second.device and torch.equal(first, second)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

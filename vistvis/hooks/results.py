@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import nn
 
 from vistvis.attention import Attention
 from vistvis.errors import InputError
+from vistvis.hooks.trace import Trace
+from vistvis.models.sites import Site
 from vistvis.tokens import TokenLayout
 
 ReadFrom: TypeAlias = Literal["kernel", "softmax", "module", "projection"]
@@ -22,14 +24,15 @@ LayoutOf: TypeAlias = "Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], To
 class Options:
     """The options of `capture`, under its names."""
 
-    accumulate: bool
-    keep: str | None
-    source: str | None
-    rope: bool
-    verify: bool
-    sink: Sink | None
-    layout: TokenLayout | LayoutOf | None
-    asked: bool  # whether sites were chosen, rather than all taken
+    accumulate: bool = False
+    keep: str | None = None
+    source: str | None = None
+    rope: bool = True
+    verify: bool = False
+    sink: Sink | None = None
+    layout: TokenLayout | LayoutOf | Literal["trace"] | None = None
+    discover: bool = False
+    asked: bool = False  # whether sites were chosen, rather than all taken
 
     def __post_init__(self) -> None:
         if self.keep not in (None, "cpu"):
@@ -38,6 +41,9 @@ class Options:
             raise InputError(
                 f'source is "kernel", "softmax", "module" or "projection", got {self.source!r}'
             )
+
+        if isinstance(self.layout, str) and self.layout != "trace":
+            raise InputError(f'layout is a TokenLayout, a function or "trace", got {self.layout!r}')
 
     @property
     def projections(self) -> bool:
@@ -55,10 +61,26 @@ class Pass:
     """One forward of the watched model: what its sites gave."""
 
     layout: TokenLayout | None = None
+    trace: Trace | str | None = None  # what a dye test found, or why it found nothing
     loose: bool = False  # framed by no forward of the model: a site was called by itself
     attention: dict[str, list[Attention]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     ran: dict[str, int] = field(default_factory=dict)
+    outside: dict[str, int] = field(default_factory=dict)
+    """By name of the module, how many of its calls outside of sites were kept."""
+
+
+class Call(NamedTuple):
+    """A kernel call outside of the sites that were asked for: which, and whose."""
+
+    kernel: str
+    name: str
+    type: str
+
+
+def numbered(name: str, number: int) -> str:
+    """What the readings of one module in one pass are called: `name`, `name#2`, `name#3`, …"""
+    return name if number == 1 else f"{name}#{number}"
 
 
 class Results:
@@ -71,10 +93,22 @@ class Results:
         self.fired = dict.fromkeys(names, 0)
         self.sources: dict[str, str] = {}
         self.repeated: set[str] = set()
+        self.adopted: dict[str, Site] = {}
+        """Sites that only a pass has shown."""
+        self.outside: dict[Call, int] = {}
+        """How often each call was seen that was not kept."""
         self.passes = self.failed_passes = 0
         self.last_failed = False
         self._accumulate = accumulate
         self._outgoing: dict[str, list[Attention]] = {}
+
+    def adopt(self, name: str, make: Callable[[], Site]) -> Site:
+        """The site of a name that a pass shows, made when it is seen first."""
+        with self.lock:
+            if name not in self.adopted:
+                self.adopted[name] = make()
+                self.fired[name] = 0
+            return self.adopted[name]
 
     def begin(self) -> None:
         """A pass begins, and the last one wins."""

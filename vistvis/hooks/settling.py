@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,6 +12,8 @@ from torch import Tensor
 from vistvis.attention import Attention
 from vistvis.errors import CaptureError
 from vistvis.hooks.folding import UnreadableError
+from vistvis.hooks.joining import join, join_heads, seen_text
+from vistvis.hooks.origins import Placing
 from vistvis.hooks.projections import ProjectionTap
 from vistvis.hooks.readings import Notes, Reading
 from vistvis.hooks.reasons import why_unseen
@@ -21,29 +22,34 @@ from vistvis.models.sites import Site
 
 class SiteRun(NamedTuple):
     """One run of a site: what it showed, the shapes of what it got and returned where those tell
-    something, and its projections where those were asked for."""
+    something, its projections where those were asked for, and whose tokens it got."""
 
     site: Site
     notes: Notes
     sizes: tuple[int, ...] = ()
     returned: tuple[int, ...] = ()
     before: ProjectionTap | None = None
+    placing: Placing | None = None
 
 
-def settle(run: SiteRun, source: str | None) -> tuple[Reading, Attention]:
-    """The one reading of a run of a site, and its attention; `CaptureError` if there is none.
+def settle(run: SiteRun, source: str | None) -> list[tuple[Reading, Attention]]:
+    """The readings of a run of a site, with their attention; `CaptureError` if there is none.
 
-    `source` takes only what was read so; None takes kernels before softmaxes.
+    One, or two where a module attends in both directions. `source` takes only what was read so;
+    None takes kernels before softmaxes.
     """
-    readings = [_over_tokens(reading, run.sizes) for reading in run.notes.readings]
-    reading = _unpack_groups(_one(run.site, readings, run.notes.problems, source), run.site)
-    if reading.attention is None:
-        raise CaptureError(reading.error)
-    _check_whole(reading.attention, run.sizes, run.returned)
-    return reading, reading.attention
+    settled = []
+    for reading in _meant(run, source):
+        reading = _unpack_groups(_over_tokens(reading, run.sizes), run.site)
+        if reading.attention is None:
+            raise CaptureError(reading.error)
+        settled.append((reading, reading.attention))
+    _check_whole(settled[0][1], run.sizes, run.returned)
+    return settled
 
 
-def _one(site: Site, readings: list[Reading], problems: list[str], source: str | None) -> Reading:
+def _meant(run: SiteRun, source: str | None) -> list[Reading]:
+    site, readings, problems = run.site, run.notes.readings, run.notes.problems
     sources = {reading.source for reading in readings}
     only = source or ("kernel" if "kernel" in sources else None)
     if only and sources:
@@ -58,43 +64,39 @@ def _one(site: Site, readings: list[Reading], problems: list[str], source: str |
     if not readings:
         raise CaptureError(why_unseen(site))
     if len(readings) == 1:
-        return readings[0]
+        return readings
     if site.traits.head_by_head and len(readings) == site.heads:
-        return _stack_heads(readings)
+        return [join_heads(readings)]
     if site.traits.two_calls and len(readings) == 2:
         raise CaptureError(site.traits.two_calls)
+    for reading in readings:
+        if reading.error:
+            return [reading]
+    joined = join(site, run.sizes, readings)
+    if joined is not None:
+        return [joined]
+    if len(readings) == 2 and _are_both_directions(*readings):
+        return readings
     raise CaptureError(
-        f"made {len(readings)} attention kernel calls in one run, and which is meant is "
-        "not known; choose one of its submodules if each makes one call"
+        f"made {len(readings)} attention kernel calls in one run, of {seen_text(readings)}; which "
+        "is meant is not known: choose one of its submodules if each makes one call"
     )
 
 
-def _stack_heads(readings: Sequence[Reading]) -> Reading:
-    """One reading of a module that calls its kernel once for each head."""
-    parts = [reading.attention for reading in readings if reading.attention is not None]
-    shapes = {(*part.shape, part.weights is None, part.mask is None) for part in parts}
-    if len(parts) < len(readings) or len(shapes) > 1 or parts[0].shape[1] != 1:
-        raise UnreadableError(f"its {len(readings)} kernel calls are not one for each head")
-
-    def cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        held = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(held, 1) if len(held) == len(tensors) else None
-
-    weights = cat([part.weights for part in parts])
-    if weights is not None:
-        attention: Attention = Attention.from_weights(weights)
-    elif len({str(part.scale) for part in parts}) > 1:
-        raise UnreadableError(f"its {len(readings)} kernel calls are not alike")
-    else:
-        attention = Attention(
-            query=torch.cat([part.query for part in parts], 1),
-            key=torch.cat([part.key for part in parts], 1),
-            scale=parts[0].scale,
-            mask=cat([part.mask for part in parts]),
-            causal=parts[0].causal,
-        )
-    value, output = cat([one.value for one in readings]), cat([one.output for one in readings])
-    return Reading(attention, readings[0].source, value, output)
+def _are_both_directions(first: Reading, second: Reading) -> bool:
+    """Whether queries of one call are keys of the other, and the other way round."""
+    there, back = first.attention, second.attention
+    if there is None or back is None or there.shape[2:] != back.shape[:1:-1]:
+        return False
+    if there.weights is not None or back.weights is not None:
+        if first.scores is None or second.scores is None:
+            return False
+        (scores, turned), (others, other_turned) = first.scores, second.scores
+        return scores is others and turned != other_turned
+    swapped = torch.equal(there.query, back.key) and torch.equal(there.key, back.query)
+    return swapped and not (
+        there.query.shape == back.query.shape and torch.equal(there.query, back.query)
+    )
 
 
 def _check_whole(attention: Attention, sizes: tuple[int, ...], returned: tuple[int, ...]) -> None:

@@ -15,16 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vistvis.errors import VistvisError
+from vistvis.hooks.account import Account, Outside, aside
+from vistvis.hooks.dye import shapes_of
 from vistvis.hooks.finishing import Cut, Finisher
 from vistvis.hooks.fused import read_call
 from vistvis.hooks.kernels import NAMES, KernelCall, link, listening, unlink
-from vistvis.hooks.multihead import MULTIHEAD_FORWARD, MultiheadReader, encoder_layers
+from vistvis.hooks.multihead import (
+    MULTIHEAD_FORWARD,
+    MultiheadReader,
+    encoder_layers,
+    fused_modules,
+)
+from vistvis.hooks.order import Orders
 from vistvis.hooks.patching import Forward, Listener, attach, detach
 from vistvis.hooks.projections import ProjectionTap
-from vistvis.hooks.readings import Keeping, KernelReader, Notes
+from vistvis.hooks.readings import Keeping, KernelReader, Notes, error_text
 from vistvis.hooks.results import Options, Pass, Results
 from vistvis.hooks.settling import SiteRun
 from vistvis.hooks.tap import CompiledTap, Event, Hidden, KernelRan, KernelTap, PassBegan
+from vistvis.hooks.trace import Trace, trace_pass
 from vistvis.models.code import reached_names
 from vistvis.models.families import ENTRIES
 from vistvis.models.layouts import layout_of_inputs
@@ -40,8 +50,10 @@ class _ThreadState(threading.local):
     """Where one thread is in the model."""
 
     def __init__(self) -> None:
+        self.tracing = False
         self.running: list[object] = []  # the sites inside each other that run just now
         self.current: Pass | None = None
+        self.account: Account | None = None
         self.loose: Pass | None = None
         self.depth = 0
 
@@ -50,7 +62,12 @@ class Watch:
     """Sits on a model and hands what its sites give to `results`, until `remove`."""
 
     def __init__(
-        self, model: nn.Module, sites: SiteList, options: Options, results: Results
+        self,
+        model: nn.Module,
+        every: SiteList,
+        sites: SiteList,
+        options: Options,
+        results: Results,
     ) -> None:
         self._model, self._options, self._results = model, options, results
         self._sites = {site.name: site for site in sites}
@@ -59,6 +76,11 @@ class Watch:
         self.events: list[Event] = []
         """What compiled code noted and nobody has read yet."""
         self._finisher = Finisher(options, results)
+        self._outside = Outside(
+            model, every, sites, options, results, self._keeping, finish=self._finish
+        )
+        self._orders = Orders()
+        self._traces: dict[Any, Trace | str] = {}
         self._undo: list[Callable[[], None]] = []
         try:
             self._attach()
@@ -69,23 +91,38 @@ class Watch:
     def _attach(self) -> None:
         inner: nn.Module = getattr(self._model, "_orig_mod", self._model)
         for site in self._sites.values():
-            self._listen(site.module, self._site_listener(site))
+            # Inside of what takes accounts aside: PyTorch's own code is read where it is bare.
+            self._listen(site.module, self._site_listener(site), inside=True)
             cutter = window_cutter(inner, site.path, site.module)
             if cutter is not None:
                 self._listen(cutter, self._cutter_listener(site, cutter))
         modules = {site.module: site for site in self._sites.values()}
         for layer in encoder_layers(self._model, list(modules)):
-            self._listen(layer, self._encoder_listener(modules[layer.self_attn]))
+            self._listen(layer, self._encoder_listener(modules[layer.self_attn]), inside=True)
+        for module in self._outside.traced():
+            self._listen(module, self._tracing_listener())
+        for module in fused_modules(inner):
+            self._listen(module, self._aside_listener(module))
         self._undo.append(partial(unlink, self))
         link(self, inner)
         self._listen(self._model, self._root_listener())
         for name in _entries(self._model):
             self._listen(self._model, _eager(partial(self._run_pass, entry=True)), name)
+        # Last, so that the listeners above meet the modules' own forwards.
+        for owner, listener, name in self._orders.listeners(inner, list(self._sites.values())):
+            self._listen(owner, _eager(listener), name)
 
-    def _listen(self, module: nn.Module, listener: Listener, method: str = "forward") -> None:
+    def _listen(
+        self,
+        module: nn.Module,
+        listener: Listener,
+        method: str = "forward",
+        *,
+        inside: bool = False,
+    ) -> None:
         # The undo comes first: an interrupt between the two leaves nothing behind.
         self._undo.append(lambda: detach(module, listener, method=method))
-        attach(module, listener, method=method)
+        attach(module, listener, method=method, inside=inside)
 
     @property
     def attached(self) -> bool:
@@ -101,7 +138,7 @@ class Watch:
 
     def _site_listener(self, site: Site) -> Listener:
         events, name, values = self.events, site.name, self._options.verify
-        names = reached_names(type(site.module))
+        names = reached_names(site.module)
         # Wrapped kernels pass through compiled code unseen.
         wrapped = names & NAMES and "scaled_dot_product_attention" not in names
         hidden = site.source == "module" or wrapped
@@ -140,11 +177,38 @@ class Watch:
 
         def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
             reader = MultiheadReader(self._keeping)
-            if not reader.can_run(original):
+            if self._idle() or not reader.can_run(original):
                 return original(*args, **kwargs)
             out = reader.run(original, args, kwargs)
             if reader.notes.readings:
                 self._finish(SiteRun(site, reader.notes))
+            return out
+
+        return _eager(run)
+
+    def _tracing_listener(self) -> Listener:
+        """On a module that is no site, whose eager code may be attention all the same."""
+
+        def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
+            account = self._state.account
+            if account is None or self._state.running:
+                return original(*args, **kwargs)
+            with account.tracing():
+                return original(*args, **kwargs)
+
+        return _eager(run)
+
+    def _aside_listener(self, module: nn.Module) -> Listener:
+        """On a module that runs otherwise under a function mode: it runs without the account."""
+
+        def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
+            account = self._state.account
+            if account is None:
+                return original(*args, **kwargs)
+            with aside():
+                out = original(*args, **kwargs)
+            if not self._state.running:
+                account.ran(module)
             return out
 
         return _eager(run)
@@ -155,16 +219,24 @@ class Watch:
         state, results = self._state, self._results
         # An entry method that calls `forward` (say, a decoding loop) leaves passes to it.
         inside = state.depth > 0 or (entry and state.current is not None)
-        if inside or _recomputing():
+        if inside or self._idle():
             return original(*args, **kwargs)
         outer = state.current
         if outer is None:
             self.drain()  # what compiled passes noted before this one is not this one's
             results.begin()
-        mine = state.current = Pass(self._layout_of(args, kwargs))
+            trace = self._trace(original, args, kwargs)
+            if type(self._model).__name__ != "OptimizedModule":
+                state.account = Account(self._outside, self._unclaimed, self._now)
+        else:
+            trace = None
+        mine = state.current = Pass(self._layout_of(args, kwargs), trace)
         state.depth += not entry
         try:
-            out = original(*args, **kwargs)
+            account = state.account if outer is None else None
+            ears = listening(self, account.hear) if account else nullcontext()
+            with self._orders.passing(mine.layout), ears, account or nullcontext():
+                out = original(*args, **kwargs)
         except BaseException:
             results.fail()
             raise
@@ -177,6 +249,7 @@ class Watch:
             state.depth -= not entry
             state.current = outer
             if outer is None:
+                state.account = None
                 results.end()
                 self._keeping.masks.clear()
 
@@ -191,8 +264,36 @@ class Watch:
             self._results.passes += 1
         return loose
 
+    def _trace(self, original: Forward, args: Args, kwargs: Kwargs) -> Trace | str | None:
+        """The dye test that `layout="trace"` asks for: once for pictures of one shape."""
+        if self._options.layout != "trace":
+            return None
+        shapes = shapes_of((args, kwargs))
+        if shapes not in self._traces:
+            self._state.tracing = True
+            try:
+                sites = SiteList(self._sites.values())
+                self._traces[shapes] = trace_pass(self._model, sites, original, args, kwargs)
+            except VistvisError as error:
+                self._traces[shapes] = error_text(error)
+            finally:
+                self._state.tracing = False
+        return self._traces[shapes]
+
+    def _idle(self) -> bool:
+        """Whether what runs now is nobody's pass: a backward pass, or a dye test."""
+        return _recomputing() or self._state.tracing
+
+    def _unclaimed(self) -> bool:
+        """Whether a kernel call of this thread is no running site's."""
+        return not self._state.running and not _recomputing()
+
+    def _now(self) -> Pass:
+        return self._current("")
+
     def _finish(self, run: SiteRun) -> None:
-        self._finisher.finish(run, self._current(run.site.name))
+        with aside():  # what is computed here is not the model's
+            self._finisher.finish(run, self._current(run.site.name))
 
     def drain(self, into: Pass | None = None) -> None:
         """Read what compiled code noted, into a pass that is running or passes of their own."""
@@ -217,13 +318,14 @@ class Watch:
                 self._state.current = outer
 
     def _run_site(self, site: Site, original: Forward, args: Args, kwargs: Kwargs) -> Any:
-        if _recomputing():
+        if self._idle():
             return original(*args, **kwargs)
         self._results.make_room(site.name)
         multihead = MultiheadReader(self._keeping)
         if multihead.can_run(original):
             out = multihead.run(original, args, kwargs)
-            self._finish(SiteRun(site, multihead.notes))
+            placing = self._orders.of(site, args, kwargs)
+            self._finish(SiteRun(site, multihead.notes, placing=placing))
             return out
         sizes = _sizes(args, kwargs)
         batch = sizes[0] if sizes else None
@@ -248,15 +350,18 @@ class Watch:
         finally:
             running.pop()
         returned = _sizes(out if isinstance(out, (tuple, list)) else (out,), {})
-        self._finish(SiteRun(site, notes, sizes, returned, before))
+        placing = self._orders.of(site, args, kwargs)
+        self._finish(SiteRun(site, notes, sizes, returned, before, placing))
         return out
 
     def _layout_of(self, args: Args, kwargs: Kwargs) -> TokenLayout | None:
         layout = self._options.layout
         if isinstance(layout, TokenLayout):
             return layout
+        if layout == "trace":
+            return None
         try:
-            if layout is not None:
+            if callable(layout):
                 return layout(self._model, args, kwargs)
             return layout_of_inputs(self._model, args, kwargs)
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):

@@ -53,9 +53,11 @@ FLASH = frozenset(
 XFORMERS = frozenset({"memory_efficient_attention", "memory_efficient_attention_forward"})
 FLEX = frozenset({"flex_attention", "compile_friendly_flex_attention"})
 KERNELS = frozenset({"scaled_dot_product_attention", "varlen_attn"}) | FLASH | XFORMERS | FLEX
-DISPATCHERS = frozenset({"ALL_ATTENTION_FUNCTIONS", "attention_interface"})
+DISPATCHERS = frozenset({"ALL_ATTENTION_FUNCTIONS", "attention_interface", "dispatch_attention_fn"})
 MULTIHEAD = frozenset({"multi_head_attention_forward"})
 SOFTMAX = frozenset({"softmax", "Softmax", "softmax_fp32", "_softmax"})
+# What merges tokens inside an attention module: gives two functions, to merge and to undo it.
+MERGES = frozenset({"token_merge_bipartite2d"})
 
 _QUANTISED = (
     "SageAttention, which rounds queries and keys to 8 or 4 bits: what it uses is not the softmax "

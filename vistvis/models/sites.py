@@ -8,7 +8,7 @@ works for classes that nobody has listed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias, overload
@@ -133,19 +133,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def find_sites(model: nn.Module) -> SiteList:
-    """List the attention modules of a model, in the order of `model.named_modules()`.
-
-    Each with its name, kind ("self", "cross", "window", "frame", "global", "register"), heads where
-    the module says, and how queries and keys will be read, or why they can't be. Prints as a table.
-
-    Cost: looks at every module's class once; no forward.
-    """
-    sites = []
-    for name, module in model.named_modules():
-        if module is not model and type(module).__name__ == "OptimizedModule":
-            continue
-        clean = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        sites.append(_site(clean or type(module).__name__, module))
+    """The attention modules that a model's code shows, in the order of `model.named_modules()`."""
+    sites = [_site(name, module) for name, module in named_modules(model)]
     roles = families.roles_of(model)
     return SiteList(_in_role(site, roles) for site in sites if site is not None)
 
@@ -157,6 +146,39 @@ def _in_role(site: Site, roles: Mapping[str, Role]) -> Site:
         return site
     block = site.block if role.block is None else role.block
     return replace(site, kind=role.kind or site.kind, block=block, role=role)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model under the names of sites: a root is called by its class."""
+    for name, module in model.named_modules():
+        if module is not model and type(module).__name__ == "OptimizedModule":
+            continue
+        clean = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        yield clean or type(module).__name__, module
+
+
+def seen_site(name: str, module: nn.Module, source: str, roles: Mapping[str, Role]) -> Site:
+    """A site that only a pass has shown: the module that was running when a kernel was called.
+
+    `roles` are what its model's family knows.
+    """
+    plain = name.split("#")[0]
+    kind, block = _kind_and_block(plain, module)
+    site = Site(plain, module, kind, _heads(module), source, block)
+    return replace(_in_role(site, roles), name=name, path=name)
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's own, a part of what calls it."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def names_softmax(module: nn.Module) -> bool:
+    """Whether a module's own code mentions a softmax, whatever it is for."""
+    if is_torchs(module):
+        return False
+    soft = bool(reached_names(module) & families.SOFTMAX)
+    return soft or any(isinstance(child, nn.Softmax) for child in module.children())
 
 
 def choose_sites(sites: SiteList, chooser: Chooser) -> SiteList:
@@ -192,7 +214,10 @@ def choose_sites(sites: SiteList, chooser: Chooser) -> SiteList:
 def _no_match(pattern: str, sites: SiteList) -> str:
     near = nearest(pattern, sites.names, cutoff=0.3)
     hint = f"nearest: {', '.join(near)}" if near else _some(sites.names)
-    return f"no site {pattern!r}: {hint}; list them with find_sites(model)"
+    return (
+        f"no site {pattern!r}: {hint}; list them with find_sites(model). With sites=None calls "
+        "outside of these are kept, too; find_sites(model, example=…) lists them"
+    )
 
 
 def _readable(chosen: Sequence[Site], sites: SiteList) -> SiteList:
@@ -220,26 +245,31 @@ def _site(name: str, module: nn.Module) -> Site | None:
         return None
     source, refused = _source(module), module_traits(module).refused
     if not (source or refused):
-        refused = families.why_approximate(reached_names(type(module)))
+        refused = families.why_approximate(reached_names(module))
     if refused:
         return Site(name, module, heads=_heads(module), refused=refused)
     if not source:
         return None
-    kind, block = kind_and_block(name, type_name)
+    kind, block = _kind_and_block(name, module)
     return Site(name, module, kind, _heads(module), source, block)
+
+
+def _kind_and_block(name: str, module: nn.Module) -> tuple[str, int | None]:
+    kind, block = kind_and_block(name, type(module).__name__)
+    crossing = getattr(module, "is_cross_attention", False) is True
+    return ("cross" if crossing and kind == "self" else kind), block
 
 
 def _source(module: nn.Module) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return "module"
-    if type(module).__module__.startswith("torch.nn."):
+    if is_torchs(module):
         return ""
-    names = reached_names(type(module))
+    names = reached_names(module)
     if names & families.MULTIHEAD:
         return "kernel"
     fused = bool(names & (families.KERNELS | families.DISPATCHERS))
-    soft = bool(names & families.SOFTMAX)
-    soft = soft or any(isinstance(child, nn.Softmax) for child in module.children())
+    soft = names_softmax(module)
     if fused:
         fused_flag = getattr(module, "fused_attn", None)
         if fused_flag is False and soft:

@@ -1,0 +1,1 @@
+"""Real repositories, run tiny and sharpened, with a witness below: `nox -s repos -- FOLDER`."""
