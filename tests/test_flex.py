@@ -220,6 +220,13 @@ def test_a_registered_function_that_calls_a_kernel() -> None:
     assert SEEN
 
 
+def test_a_sink_that_the_kernel_does_not_show_is_refused() -> None:
+    model = Flex()
+    model.sinks = nn.Parameter(torch.zeros(4))
+    with pytest.raises(CaptureError, match="has a sink beside the keys"):
+        run(model)
+
+
 def test_in_compiled_code_it_is_refused_by_name() -> None:
     model, x, context = Flex().eval(), torch.randn(2, 6, 32), torch.randn(2, 9, 32)
     torch.compiler.reset()

@@ -40,6 +40,14 @@ def settle(run: SiteRun, source: str | None) -> list[tuple[Reading, Attention]]:
     """
     settled = []
     for reading in _meant(run, source):
+        # A sink takes its share after the kernel (from its log-sum-exp), which has no place for it.
+        if reading.source == "kernel" and isinstance(
+            getattr(run.site.module, "sinks", None), Tensor
+        ):
+            raise CaptureError(
+                "its softmax has a sink beside the keys (.sinks), which its kernel does not show; "
+                'load the model with attn_implementation="eager"'
+            )
         reading = _unpack_groups(_over_tokens(reading, run.sizes), run.site)
         if reading.attention is None:
             raise CaptureError(reading.error)
