@@ -4,7 +4,9 @@
 with 2 + 2 blocks. "Hooks stay on" is a loop over pictures; "hooks for one pass" also registers and
 clears them, and frees what the pass before kept at once, so that its Q and K mostly lie in memory
 that the system has to give anew. That is its work, page by page, and is counted. "Plain again" is
-the same forward in another process: how far two equal things come out apart.
+the same forward in another process: how far two equal things come out apart. "Every site" and
+"discover" are `vistvis.capture(model)`, which accounts for every kernel call, the latter with all
+code outside sites followed.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from _measure import (
     verdict,
 )
 
+import vistvis
 from vggt_adapter import VGGT, AttentionExtractor
 
-HOW = ("plain", "plain again", "hooks stay on", "hooks for one pass")
+HOW = ("plain", "plain again", "hooks stay on", "hooks for one pass", "every site", "discover")
 MODELS = {
     "small (128 wide, 4 + 4 blocks, 4 heads)": {"embed_dim": 128, "depth": 4, "num_heads": 4},
     "1B-shaped (1024 wide, 2 + 2 blocks, 16 heads)": {
@@ -47,6 +50,11 @@ def make(label: str) -> tuple[VGGT, torch.Tensor]:
 def run_passes(label: str, how: str) -> None:
     """Serve forward passes: plain, watched all the time, or with hooks put on for each."""
     model, images = make(label)
+    if how in ("every site", "discover"):
+        captured = vistvis.capture(model, discover=how == "discover")
+        serve(lambda: model(images))
+        assert len(captured) == 2 * model.config.depth
+        return
     extractor = AttentionExtractor(model)
     if how == "hooks stay on":
         extractor.register_hooks()
@@ -87,7 +95,7 @@ if __name__ == "__main__":
         times = cpu_times_of_processes(__file__, commands, rounds=rounds)
         for how, timing in times.items():
             ratio = timing.over(times["plain"])
-            bar = verdict(ratio, 1.03) if how.startswith("hooks") else ""
+            bar = verdict(ratio, 1.03) if how.startswith(("hooks", "every")) else ""
             new = megabytes(timing.median_new_pages * mmap.PAGESIZE)
             row = [label, how, f"{timing.median:,.0f} ms", f"{ratio:.4f}", bar, new]
             time_rows.append(row)

@@ -49,6 +49,29 @@ def draw_last_blocks(
     return "drawn"
 
 
+def draw_last_site(model: nn.Module, images: Tensor, run: Run) -> str:
+    """The last site whose tokens are known, of a model without frame and global blocks."""
+    import vistvis
+    from vggt_adapter import visualize_attention_on_image
+
+    with torch.no_grad(), vistvis.capture(model) as captured:
+        run(model, images)
+    for name in reversed(list(captured)):
+        attention = captured[name]
+        site = attention.site
+        layout = site.key_layout if site else None
+        if layout is None or site is None or site.query_layout is None:
+            continue
+        scenes = images.unflatten(0, (-1, layout.frames))
+        height, width = layout.image_size
+        if scenes.shape[-2:] != (height, width):  # latents, say
+            scenes = scenes.new_zeros(*scenes.shape[:2], 3, height, width)
+        token = layout.index(frame=layout.frames - 1, row=layout.grid[0] - 1, col=0)
+        visualize_attention_on_image(attention, scenes, token)
+        return "drawn"
+    raise LayoutError(f"none of {len(captured)} sites has a layout")
+
+
 def draw_frames(model: nn.Module, images: Tensor, run: Run) -> str:
     return draw_last_blocks(model, images, run, kinds=("frame",))
 
