@@ -20,6 +20,7 @@ from vistvis.attention import SiteInfo, TokenOrder
 from vistvis.errors import CaptureError
 from vistvis.hooks.merging import Merge
 from vistvis.hooks.order import Orders
+from vistvis.hooks.positions import places
 from vistvis.tokens import TokenLayout
 
 WIDTH = 16
@@ -353,6 +354,15 @@ def test_a_smaller_picture_is_no_part_of_this_one() -> None:
     model = Moving({0: keep([[0, 1]])}, grid(2, 2, 0), depth=1, given=True).eval()
     captured = run(model, torch.randn(1, 1, 4, WIDTH), TokenLayout(1, (2, 2)))
     assert captured["blocks.0.attn"].site.query_layout is None
+
+
+def test_an_encoder_without_the_special_tokens_of_the_whole_is_no_contradiction() -> None:
+    """Its patches lie from (0, 0); those of the whole from (1, 1), the special at (0, 0)."""
+    layout = TokenLayout(2, (2, 3), ("pose",))
+    cells = torch.cartesian_prod(torch.arange(2), torch.arange(3))[None]
+    assert places(cells, layout) is None
+    with pytest.raises(CaptureError, match="contradict"):
+        places(torch.cat((cells[:, :1], cells[:, 1:] + 2), 1), layout)  # beyond the grid
 
 
 def test_registers_attend_alone_and_patches_bypass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import logging
 import math
@@ -12,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from .model import Model, draw_last_blocks, pictures, shrunk, stub
+from .model import Model, Run, pictures, shrunk, stub
 
 WIDTH, HEADS = 64, 4
 _TINY = {"embed_dim": WIDTH, "num_heads": HEADS}
@@ -23,12 +23,37 @@ def quiet(model: nn.Module, *layers: str, share: float = 0.05) -> nn.Module:
     """Scale what branches add, where no gate does it: a token stays itself through all blocks."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.rsplit(".", 2)[-2] in layers:
+            if name.rpartition(".")[0].rpartition(".")[2] in layers:
                 parameter.mul_(share)
     return model
 
 
-draw_crossing = functools.partial(draw_last_blocks, kinds=("cross",))
+def draw_captured(model: nn.Module, images: Tensor, run: Run) -> str:
+    """A figure of the last site that says where its tokens lie, from its last patch."""
+    import vistvis
+    from vggt_adapter import visualize_attention_on_image
+
+    with torch.no_grad():
+        captured = vistvis.capture(model, accumulate=True)
+        try:
+            run(model, images)
+        finally:
+            captured.remove()
+    readings = [(run, len(captured[name])) for name in captured for run in captured[name][-1:]]
+    attention, runs = next(
+        (one, count)
+        for one, count in reversed(readings)
+        if one.site.query_layout and one.site.key_layout and one.site.kind != "window"
+    )
+    layout, order = attention.site.query_layout, attention.site.query_order
+    tokens = range(layout.num_tokens) if order is None else sorted(order.tokens.flatten().tolist())
+    token = [token for token in tokens if layout.locate(token).is_patch][-1]
+    # A site that runs once for each picture was last run on the last one.
+    shown = images[-1:] if layout.frames == 1 < len(images) == runs else images
+    if shown.shape[-2:] != layout.image_size:
+        shown = functional.interpolate(shown, size=layout.image_size)
+    visualize_attention_on_image(attention, shown, token)
+    return f"drawn from {attention.site.name}"
 
 
 def run_batch(model: nn.Module, images: Tensor) -> object:
@@ -78,9 +103,18 @@ def build_depth_anything(folder: Path) -> nn.Module:
     return built
 
 
-def unlike_pictures() -> Tensor:
-    """Unlike enough that a dyed patch leaves the choice of the reference view as it is."""
-    return torch.rand(4, 3, 42, 56) * torch.tensor([0.3, 0.2, 0.5, 0.9])[:, None, None, None]
+def build_balanced(folder: Path) -> nn.Module:
+    """The reference view that is chosen for the first pictures stays it when they are dyed."""
+    home = importlib.import_module("depth_anything_3.model.dinov2.vision_transformer")
+    choose, chosen = home.select_reference_view, []
+
+    def keep_choice(x: Tensor, **options: Any) -> Tensor:
+        if not chosen:
+            chosen.append(choose(x, **options))
+        return chosen[0]
+
+    home.select_reference_view = keep_choice  # type: ignore[attr-defined]
+    return build_depth_anything(folder)
 
 
 def run_middle_first(model: nn.Module, images: Tensor) -> object:
@@ -348,13 +382,13 @@ def run_lightglue(model: nn.Module, images: Tensor) -> object:
     return model(sides)
 
 
-def build_loftr(folder: Path, *, attention: str = "linear") -> nn.Module:
+def build_loftr(folder: Path) -> nn.Module:
     module = importlib.import_module("src.loftr")
     config = copy.deepcopy(module.default_cfg)
     config["resnetfpn"] = {"initial_dim": 16, "block_dims": [16, 24, 32]}
-    config["coarse"].update(d_model=32, d_ffn=32, nhead=4, attention=attention)
+    config["coarse"].update(d_model=32, d_ffn=32, nhead=4, attention="full")
     config["coarse"]["layer_names"] = ["self", "cross"]
-    config["fine"].update(d_model=16, d_ffn=16, nhead=4, attention=attention)
+    config["fine"].update(d_model=16, d_ffn=16, nhead=4, attention="full")
     config["match_coarse"].update(thr=0.0, border_rm=0)
     model = module.LoFTR(config)
     matching = model.coarse_matching
@@ -363,10 +397,6 @@ def build_loftr(folder: Path, *, attention: str = "linear") -> nn.Module:
     match = matching.get_coarse_match
     matching.get_coarse_match = lambda conf, data: match(torch.eye(conf.shape[1])[None], data)
     return quiet(model, "merge", "mlp")
-
-
-def build_loftr_full(folder: Path) -> nn.Module:
-    return build_loftr(folder, attention="full")
 
 
 _MATCHING = {
@@ -476,7 +506,7 @@ def run_sd3(model: nn.Module, images: Tensor) -> object:
 def build_unet(folder: Path) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    built: nn.Module = UNet2DConditionModel(
+    built = UNet2DConditionModel(
         sample_size=8,
         in_channels=3,
         out_channels=3,
@@ -488,7 +518,12 @@ def build_unet(folder: Path) -> nn.Module:
         norm_num_groups=8,
         attention_head_dim=4,
     )
-    return built
+    # A convolution looks beyond its token; its middle must outweigh the rest.
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.ndim == 4 and parameter.shape[-1] == 3:
+                parameter *= 0.02 + torch.eye(3)[1].outer(torch.eye(3)[1]) * 2
+    return quiet(built, "ff")
 
 
 def run_unet(model: nn.Module, images: Tensor) -> object:
@@ -546,10 +581,11 @@ MODELS = [
     Model(
         "Depth Anything 3, saddle",
         "Depth-Anything-3",
-        build_depth_anything,
-        unlike_pictures,
+        build_balanced,
+        pictures(4, 3, 4),
         run=run_batch,
         paths=("src",),
+        note="The reference view is that of the model's choice, kept while patches are dyed.",
     ),
     Model(
         "Depth Anything 3, cameras given",
@@ -578,7 +614,7 @@ MODELS = [
         pictures(2, 4, 4, 16),
         patch=16,
         run=run_croco,
-        draw=draw_crossing,
+        draw=draw_captured,
         steps=True,
     ),
     Model(
@@ -588,7 +624,7 @@ MODELS = [
         pictures(2, 3, 4, 16),
         patch=16,
         run=run_pair,
-        draw=draw_crossing,
+        draw=draw_captured,
     ),
     Model(
         "MASt3R",
@@ -597,7 +633,7 @@ MODELS = [
         pictures(2, 3, 4, 16),
         patch=16,
         run=run_pair,
-        draw=draw_crossing,
+        draw=draw_captured,
     ),
     Model(
         "CUT3R",
@@ -606,7 +642,7 @@ MODELS = [
         pictures(3, 3, 4, 16),
         patch=16,
         run=run_cut3r,
-        draw=draw_crossing,
+        draw=draw_captured,
         steps=True,
         paths=("src",),
         note="Positions shifted by one: without CUDA its RoPE has no −1, the pose token's place.",
@@ -618,33 +654,73 @@ MODELS = [
         pictures(2, 3, 4, 8),
         patch=8,
         run=run_lightglue,
+        refused="keypoints, no grid",
         paths=("lightglue",),
         note="Keypoints are the centres of patches; pruning and early stopping are off.",
     ),
     Model(
-        "LoFTR",
+        "LoFTR, full attention",
         "LoFTR",
         build_loftr,
         pictures(2, 4, 6, 8),
         patch=8,
         run=run_loftr,
+        raises="ran 2 times",
+        refused="no known layout",
         not_attention=_MATCHING,
+        note=(
+            'With `attention="full"`: the default is linear attention, which has no matrix. '
+            "Matches are those of equal places."
+        ),
+    ),
+    Model("DINOv2", "dinov2", build_dinov2, pictures(2, 3, 4), draw=draw_captured),
+    Model("DINOv3", "dinov3", build_dinov3, pictures(2, 3, 4, 16), patch=16, draw=draw_captured),
+    Model(
+        "Flux",
+        "",
+        build_flux,
+        pictures(1, 3, 4, 2),
+        patch=2,
+        run=run_flux,
+        package="diffusers",
+        draw=draw_captured,
     ),
     Model(
-        "LoFTR, full attention",
-        "LoFTR",
-        build_loftr_full,
-        pictures(2, 4, 6, 8),
-        patch=8,
-        run=run_loftr,
-        not_attention=_MATCHING,
-        note="Matches are those of equal places.",
+        "SD3",
+        "",
+        build_sd3,
+        pictures(1, 3, 4, 2),
+        patch=2,
+        run=run_sd3,
+        package="diffusers",
+        draw=draw_captured,
     ),
-    Model("DINOv2", "dinov2", build_dinov2, pictures(2, 3, 4)),
-    Model("DINOv3", "dinov3", build_dinov3, pictures(2, 3, 4, 16), patch=16),
-    Model("Flux", "", build_flux, pictures(1, 3, 4, 2), patch=2, run=run_flux, package="diffusers"),
-    Model("SD3", "", build_sd3, pictures(1, 3, 4, 2), patch=2, run=run_sd3, package="diffusers"),
-    Model("UNet", "", build_unet, pictures(1, 6, 8, 1), patch=1, run=run_unet, package="diffusers"),
-    Model("Qwen2-VL", "", build_qwen2, pictures(2, 4, 6), run=run_qwen, package="transformers"),
-    Model("Qwen2.5-VL", "", build_qwen25, pictures(2, 4, 6), run=run_qwen, package="transformers"),
+    Model(
+        "UNet",
+        "",
+        build_unet,
+        pictures(1, 5, 9, 1),
+        patch=1,
+        run=run_unet,
+        package="diffusers",
+        draw=draw_captured,
+    ),
+    Model(
+        "Qwen2-VL",
+        "",
+        build_qwen2,
+        pictures(2, 4, 6),
+        run=run_qwen,
+        package="transformers",
+        draw=draw_captured,
+    ),
+    Model(
+        "Qwen2.5-VL",
+        "",
+        build_qwen25,
+        pictures(2, 4, 6),
+        run=run_qwen,
+        package="transformers",
+        draw=draw_captured,
+    ),
 ]

@@ -105,10 +105,14 @@ class Places:
         self, name: str, run: int, reading: Reading, other: list[Call], frame: int, cell: Cell
     ) -> None:
         for side, change in zip(("query", "key"), reading.answers(self.calls, other), strict=True):
-            if getattr(reading.attention.site, f"{side}_layout") is None:
+            layout = getattr(reading.attention.site, f"{side}_layout")
+            if layout is None:
                 continue
             first = run if self.steps else 0
-            expected = expected_at(reading.attention, side, frame, cell, first=first)
+            # Levels of a pyramid have coarser grids than the pictures.
+            rows, cols = self.images.shape[-2] // self.patch, self.images.shape[-1] // self.patch
+            place = cell[0] * layout.grid[0] // rows, cell[1] * layout.grid[1] // cols
+            expected = expected_at(reading.attention, side, frame, place, first=first)
             if expected is None:
                 continue
             got = strongest(change)

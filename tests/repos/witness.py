@@ -74,11 +74,11 @@ def _read(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
     if op in ("_softmax", "_safe_softmax"):
         if args[0].ndim < 2:
             return None
-        logits, dim = args[0].double(), int(args[1])
-        return {
-            "weights": _softmax(logits, dim).movedim(dim, -1),
-            "inputs": (logits.movedim(dim, -1),),
-        }
+        logits, dim = args[0].double(), int(args[1]) % args[0].ndim
+        # Keys last; where heads are behind them, queries go along.
+        moved = (dim - 1, dim) if dim > 1 else (dim,)
+        logits = logits.movedim(moved, (-2, -1)[-len(moved) :])
+        return {"weights": _softmax(logits, -1), "inputs": (logits,)}
     if op.startswith("_scaled_dot_product"):
         if "attn_mask" in kwargs or op.endswith("for_cpu"):
             mask, causal = kwargs.get("attn_mask"), args[4] if len(args) > 4 else False

@@ -55,6 +55,8 @@ def places(pos: Tensor, layout: TokenLayout) -> Tensor | None:
     below = bool((pos < 0).any())
     origin = int(start > 0 and not below)
     special = (pos < origin).all(-1)
+    if bool(((pos < origin).any(-1) & ~special).any()):
+        return None  # patches from (0, 0): of a part of the model without these special tokens
     if bool((special.sum(1) != layout.num_special).any()):
         return None
     cells = _cells(pos - origin, layout)
