@@ -423,14 +423,16 @@ def test_several_captures_in_any_order() -> None:
 
 
 def test_an_interrupt_while_names_are_led_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    original, right = flash.flash_attn_func, kernels._replace
+    original, right = flash.flash_attn_func, kernels._replaced
 
-    def interrupted(*args: Any) -> None:
-        right(*args)
-        monkeypatch.setattr(kernels, "_replace", right)
-        raise KeyboardInterrupt
+    def interrupted(names: dict[str, Any], by: Any) -> bool:
+        found = right(names, by)
+        if found:
+            monkeypatch.setattr(kernels, "_replaced", right)
+            raise KeyboardInterrupt
+        return found
 
-    monkeypatch.setattr(kernels, "_replace", interrupted)
+    monkeypatch.setattr(kernels, "_replaced", interrupted)
     with pytest.raises(KeyboardInterrupt):
         vistvis.capture(site(DENSE["plain"]))
     assert flash.flash_attn_func is original

@@ -101,6 +101,10 @@ class Outside:
         with self._results.lock:
             self._results.outside[call] = self._results.outside.get(call, 0) + 1
 
+    def count_of(self, kernel: str, module: nn.Module) -> None:
+        """A call that is not kept, of a module that is known."""
+        self.count(kernel, self._owners[id(module)])
+
     def saw(self, kernel: str, source: str, read: Read, now: Pass) -> None:
         """A kernel call that is no running site's."""
         owner = self.owner()
@@ -119,7 +123,7 @@ class Outside:
     def ran_multihead(self, module: nn.Module) -> None:
         """An `nn.MultiheadAttention` ran; sites account for themselves."""
         if id(module) not in self._chosen:
-            self.count("nn.MultiheadAttention", self._owners[id(module)])
+            self.count_of("nn.MultiheadAttention", module)
 
     def traced(self) -> list[nn.Module]:
         """Modules that are no sites, and whose eager code is followed while they run.
@@ -221,14 +225,17 @@ class Account(TorchFunctionMode):
                 self._multiheads.add(id(module))
 
     @contextmanager
-    def tracing(self) -> Iterator[None]:
+    def tracing(self, module: nn.Module) -> Iterator[None]:
         """While a module runs whose softmax may be one of attention: its eager code is followed."""
         trace = _Trace(self)
-        self._flows.append(Flow(cast(KernelReader, trace), trace, self._active))
+        flow = Flow(cast(KernelReader, trace), trace, self._active)
+        self._flows.append(flow)
         try:
             yield
         finally:
             self._flows.pop()
+            for _ in range(flow.unmet):
+                self._outside.count_of("softmax that meets no values", module)
 
 
 class _Trace(Notes):

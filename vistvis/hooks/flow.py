@@ -46,6 +46,8 @@ class Flow:
         self._scores: Marks = {}
         self._weights: Marks = {}
         self._odd, self._seen = False, ""
+        self.unmet = 0
+        """Softmaxes over scores whose weights have met no values."""
         self.begun = False
         """Whether there is anything to follow yet."""
 
@@ -80,6 +82,7 @@ class Flow:
         if found is None:
             return
         last = scores.ndim - 1
+        self.unmet += 1
         self._odd = self._odd or dim not in (-1, last)
         self._seen = f"its softmax runs over dimension {dim} of {tuple(scores.shape)}"
         turned = found.turned != (dim in (-2, last - 1))
@@ -96,6 +99,7 @@ class Flow:
         weights_first = _found(self._weights, first)
         found = weights_first or _found(self._weights, second)
         if found:
+            self.unmet = max(0, self.unmet - 1)
             if self._active():
                 equation = args[0] if func is torch.einsum else None
                 if weights_first is None:

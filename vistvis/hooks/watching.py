@@ -100,7 +100,7 @@ class Watch:
         for layer in encoder_layers(self._model, list(modules)):
             self._listen(layer, self._encoder_listener(modules[layer.self_attn]), inside=True)
         for module in self._outside.traced():
-            self._listen(module, self._tracing_listener())
+            self._listen(module, self._tracing_listener(module))
         for module in fused_modules(inner):
             self._listen(module, self._aside_listener(module))
         self._undo.append(partial(unlink, self))
@@ -186,14 +186,14 @@ class Watch:
 
         return _eager(run)
 
-    def _tracing_listener(self) -> Listener:
+    def _tracing_listener(self, module: nn.Module) -> Listener:
         """On a module that is no site, whose eager code may be attention all the same."""
 
         def run(original: Forward, args: Args, kwargs: Kwargs) -> Any:
             account = self._state.account
             if account is None or self._state.running:
                 return original(*args, **kwargs)
-            with account.tracing():
+            with account.tracing(module):
                 return original(*args, **kwargs)
 
         return _eager(run)
