@@ -43,7 +43,7 @@ from vggt_adapter.steps import sample_views
 from vggt_adapter.values import QueryValues, query_values
 from vistvis import Attention, TokenLayout, VistvisWarning
 from vistvis.attention import TokenOrder
-from vistvis.errors import CaptureError, IndexOutOfRange, InputError
+from vistvis.errors import CaptureError, IndexOutOfRange, InputError, SiteError
 
 HW = ROWS * COLS
 
@@ -461,3 +461,25 @@ def test_the_guide_is_python_and_uses_names_that_exist() -> None:
     assert names >= {("vistvis", "capture"), ("vggt_adapter", "AttentionExtractor")}
     for module, name in names:
         assert hasattr(sys.modules[module], name), f"{module}.{name}"
+
+
+# -- models of single pictures ---------------------------------------------------------------------
+
+
+def test_self_attention_of_single_pictures_is_frame_attention() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(48, 64)).eval()
+    images = torch.rand(2, 3, 48, 64)
+    extractor = AttentionExtractor(model)
+    assert extractor.attention_types == ["frame"]
+    assert [block.number for block in extractor.blocks] == list(range(12))
+    with extractor, torch.no_grad():
+        extractor.register_hooks(-1)
+        model(images)
+    attention = extractor.captured["frame_block_11"]
+    values = get_attention_values(attention, images[:, None], 5, batch_idx=1)
+    row = attention.rows(5, batch=1, heads=0).flatten()
+    assert torch.equal(torch.from_numpy(values["attention_maps"]).flatten(), row[1:])
+    with pytest.raises(SiteError, match=r"capture\(model, layout=TokenLayout"):
+        AttentionExtractor(nn.Sequential(nn.Linear(2, 2)))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
 
 from torch import nn
 
-from vistvis.errors import InputError, SiteError
-from vistvis.models.families import blocks_of
+from vistvis.errors import InputError, LayoutError, SiteError
+from vistvis.models.families import blocks_of, parts_of
+from vistvis.models.layouts import layout_from_model
 from vistvis.models.sites import find_sites
 
 TYPES = ("frame", "global", "register", "cross")
@@ -42,10 +44,13 @@ def find_blocks(model: nn.Module) -> list[Block]:
     Of a kind that fills several lists, the blocks of the first have plain names, and those of the
     others add the first part of their path which differs: `cross_block_0` and
     `cross_block_0_dec_blocks2`.
+    In a model of single pictures all self-attention is "frame" attention, counted as sites are.
     `SiteError` for a model of no known family, which says how to capture it all the same, and where
     a block has not exactly one attention module.
     """
     found = blocks_of(model)
+    if not found and (single := _of_single_pictures(model)):
+        return single
     if not found:
         children = ", ".join(name for name, _ in model.named_children()) or "no submodules"
         raise SiteError(
@@ -72,6 +77,30 @@ def find_blocks(model: nn.Module) -> list[Block]:
             name += "_" + next(mine for mine, other in parts if mine != other)
         blocks.append(Block(inside[0], kind, number, name))
     return blocks
+
+
+def _of_single_pictures(model: nn.Module) -> list[Block]:
+    known = list(parts_of(model))
+    if not known and _has_layout(model):
+        known = [""]
+    numbers: Counter[str] = Counter()
+    blocks = []
+    for site in find_sites(model):
+        kind = {"self": "frame", "cross": "cross"}.get(site.kind)
+        inside = any(not part or f"{site.path}.".startswith(f"{part}.") for part in known)
+        if kind and inside and not site.refused:
+            name = f"{kind}_block_{numbers[kind]}"
+            blocks.append(Block(site.path, kind, numbers[kind], name))
+            numbers[kind] += 1
+    return blocks
+
+
+def _has_layout(model: nn.Module) -> bool:
+    try:
+        layout_from_model(model, (1, 3, 672, 672))  # a size that has whole patches of most sizes
+    except LayoutError:
+        return False
+    return True
 
 
 def pair_of(blocks: Sequence[Block], index: int) -> tuple[Block, Block]:
