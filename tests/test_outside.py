@@ -356,6 +356,27 @@ def test_fused_paths_stay_on(natives: list[str], guard: Any, sites: Any, padded:
     assert len(captured) == (1 if sites else 3)
 
 
+def test_fused_modules_in_a_plain_list_stay_fused(natives: list[str]) -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.site = VGGTAttention(16, 2, None)
+            self.rest = [nn.MultiheadAttention(16, 2, batch_first=True).eval()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.site(x)
+            out: Tensor = self.rest[0](x, x, x, need_weights=False)[0]
+            return out
+
+    model, x = Listed().eval(), torch.randn(2, 6, 16)
+    with torch.no_grad():
+        plain = model(x)
+        with vistvis.capture(model) as captured:
+            assert torch.equal(model(x), plain)
+    assert natives == ["_native_multi_head_attention"] * 2
+    assert "nn.MultiheadAttention, while 'MultiheadAttention'" in captured.report()
+
+
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_a_fused_module_alone(natives: list[str], guard: Any) -> None:
     model, x = Attending().eval(), torch.randn(2, 6, 16)

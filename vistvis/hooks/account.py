@@ -103,7 +103,7 @@ class Outside:
 
     def count_of(self, kernel: str, module: nn.Module) -> None:
         """A call that is not kept, of a module that is known."""
-        self.count(kernel, self._owners[id(module)])
+        self.count(kernel, self._owners.get(id(module)) or Owner(type(module).__name__, module))
 
     def saw(self, kernel: str, source: str, read: Read, now: Pass) -> None:
         """A kernel call that is no running site's."""

@@ -8,7 +8,7 @@ weights of the projection whole; there, queries and keys are projected once more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -203,4 +203,15 @@ def fused_modules(model: nn.Module) -> list[nn.Module]:
             type(module).__name__ == "OptimizedModule"
         )
 
-    return [module for module in model.modules() if fused(module)]
+    return [module for module in (*model.modules(), *_hidden(model)) if fused(module)]
+
+
+def _hidden(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules in plain lists, tuples and dicts, which `modules()` does not give."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) not in (list, tuple, dict) or name == "_modules":
+                continue
+            for one in value.values() if isinstance(value, dict) else value:
+                if isinstance(one, nn.Module):
+                    yield from one.modules()
