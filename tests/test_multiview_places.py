@@ -38,12 +38,10 @@ from zoo import VGGTLike
 
 import vistvis
 from vistvis import TokenLayout
-from vistvis.attention.order import TokenOrder
 from vistvis.errors import LayoutError
 from vistvis.models.families import blocks_of
 from vistvis.models.layouts import layout_of_inputs
 from vistvis.models.places import UNKNOWN, Sizes, all_frames, by_count, cached_frames
-from vistvis.models.placing import site_info
 from vistvis.models.sites import find_sites
 
 
@@ -274,7 +272,7 @@ def test_portrait_pictures_transposed_in_a_batch_have_no_one_grid() -> None:
     assert layout_of_inputs(Dust3r(), tuple(other), {}) is None
 
 
-def test_visible_patches_only_have_no_place_unless_an_order_says_so() -> None:
+def test_visible_patches_only_have_no_place_by_their_number() -> None:
     model, images = Croco(), pictures(2)
     with torch.no_grad(), vistvis.capture(model, "enc_blocks.**", accumulate=True) as seen:
         model(*images.unbind(1))
@@ -282,31 +280,6 @@ def test_visible_patches_only_have_no_place_unless_an_order_says_so() -> None:
     assert (visible.shape[3], visible.site.key_layout) == (4, None)
     one = TokenLayout(1, (ROWS, COLS), (), PATCH)
     assert (whole.site.key_layout, whole.site.frames_in_batch) == (one, False)
-    (site,) = (site for site in find_sites(model) if site.name == "enc_blocks.0.attn")
-    order = TokenOrder(torch.arange(0, 8, 2))
-    facts = {"source": "kernel", "rope": None, "window": None}
-    layout = TokenLayout.from_model(model, list(images.unbind(1)))
-    info = site_info(
-        site, visible.shape, layout=layout, query_order=order, key_order=order, **facts
-    )
-    assert (info.key_layout, info.key_order) == (one, order)
-    assert info.key_layout.locate(int(info.key_order.tokens[3])).row == 1
-
-
-def test_orders_that_the_pass_showed_go_into_the_site() -> None:
-    sites = {site.name: site for site in find_sites(VGGTLike())}
-    layout = TokenLayout(3, (2, 2), 1, 14)
-    facts = {"source": "kernel", "rope": None, "window": None, "layout": layout}
-    moved = TokenOrder(torch.arange(15).roll(5))
-    merged = site_info(sites["global_blocks.0.attn"], (1, 2, 9, 9), key_order=moved, **facts)
-    assert merged.key_layout is None  # nine queries of whatever
-    whole = site_info(sites["global_blocks.0.attn"], (1, 2, 15, 9), key_order=moved, **facts)
-    assert (whole.key_layout, whole.key_order, whole.query_order) == (layout, moved, None)
-    frames = torch.tensor([[2, 0, 1]])
-    folded = site_info(sites["frame_blocks.0.attn"], (3, 2, 5, 5), frame_order=frames, **facts)
-    assert folded.frame_order is frames
-    whole = site_info(sites["global_blocks.0.attn"], (1, 2, 15, 15), frame_order=frames, **facts)
-    assert whole.frame_order is None
 
 
 def test_pictures_come_in_many_ways() -> None:

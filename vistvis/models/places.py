@@ -27,15 +27,15 @@ class Placement:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Batch, queries and keys of a site's attention; None: the order of that side says which."""
+    """Batch, queries and keys of a site's attention."""
 
     batch: int
-    queries: int | None
-    keys: int | None
+    queries: int
+    keys: int
 
     def are(self, queries: int, keys: int) -> bool:
-        """Whether both sides have that many tokens, or an order of their own."""
-        return self.queries in (None, queries) and self.keys in (None, keys)
+        """Whether the sides have that many tokens."""
+        return (self.queries, self.keys) == (queries, keys)
 
 
 # What a block's role says: from the layout of all pictures to that of the site. A placement without
@@ -67,8 +67,6 @@ def all_frames(layout: TokenLayout, sizes: Sizes) -> Placement:
 def cached_frames(layout: TokenLayout, sizes: Sizes) -> Placement:
     """All frames so far as keys, those of this step as queries."""
     count = layout.tokens_per_frame
-    if sizes.queries is None or sizes.keys is None:
-        return all_frames(layout, sizes)
     (now, rest), (seen, more) = divmod(sizes.queries, count), divmod(sizes.keys, count)
     if rest or more or not 1 <= now <= seen or now not in (1, layout.frames):
         return UNKNOWN
@@ -155,8 +153,6 @@ def with_special(special: Sequence[str], place: Place) -> Place:
 
 def by_count(layout: TokenLayout, sizes: Sizes) -> Placement:
     """A model that nobody described: each side is what its number of tokens fits."""
-    if sizes.queries is None or sizes.keys is None:
-        return all_frames(layout, sizes) if layout.frames == 1 else UNKNOWN
     queries, keys = layout.sides(sizes.queries, sizes.keys)
     folded = layout.frames > 1 and sizes.batch % layout.frames == 0
     return Placement(queries, keys, folded and queries == layout.frame_layout())

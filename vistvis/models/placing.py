@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from vistvis.attention import SiteInfo, WindowInfo
-from vistvis.attention.order import TokenOrder
 from vistvis.models.places import UNKNOWN, Place, Sizes, by_count, one_frame
 from vistvis.models.sites import Site
 from vistvis.tokens import TokenLayout
@@ -21,22 +18,11 @@ def site_info(
     rope: bool | None,
     layout: TokenLayout | None,
     window: WindowInfo | None,
-    query_order: TokenOrder | None = None,
-    key_order: TokenOrder | None = None,
-    frame_order: Tensor | None = None,
 ) -> SiteInfo:
-    """What attention `(B, h, Nq, Nk)` carries; `layout` is that of all pictures of the pass.
-
-    The orders are those that the pass itself showed; without them a role's own hold.
-    """
+    """What attention `(B, h, Nq, Nk)` carries; `layout` is that of all pictures of the pass."""
     placed = UNKNOWN
     if layout is not None:
-        sizes = Sizes(
-            shape[0],
-            shape[2] if query_order is None else None,
-            shape[3] if key_order is None else None,
-        )
-        placed = _place_of(site)(layout, sizes)
+        placed = _place_of(site)(layout, Sizes(shape[0], *shape[2:]))
     return SiteInfo(
         name=site.name,
         path=site.path,
@@ -49,9 +35,8 @@ def site_info(
         rope=rope,
         source=source,
         window=window,
-        query_order=_order(placed.query_layout, query_order, placed.query_order),
-        key_order=_order(placed.key_layout, key_order, placed.key_order),
-        frame_order=frame_order if placed.frames_in_batch else None,
+        query_order=placed.query_order,
+        key_order=placed.key_order,
         first_frame=placed.first_frame,
     )
 
@@ -60,9 +45,3 @@ def _place_of(site: Site) -> Place:
     if site.role is not None:
         return site.role.place
     return one_frame if site.kind == "frame" else by_count
-
-
-def _order(
-    layout: TokenLayout | None, seen: TokenOrder | None, own: TokenOrder | None
-) -> TokenOrder | None:
-    return None if layout is None else seen or own
