@@ -164,3 +164,30 @@ def test_ints_and_lists_are_accepted() -> None:
 def test_refusals_name_what_was_seen(wrong: object, text: str) -> None:
     with pytest.raises(LayoutError, match=text):
         wrong(TokenLayout(2, (3, 5), ("cls",)))  # type: ignore[operator]
+
+
+def test_tokens_behind_patches_and_of_no_frame() -> None:
+    layout = TokenLayout(2, (1, 2), ("cls",), (14, 14), ("register",), ("text",), ("scale",))
+    kinds = [layout.locate(token).kind for token in range(layout.num_tokens)]
+    frame = ["cls", "patch", "patch", "register"]
+    assert kinds == ["text", *frame, *frame, "scale"]
+    assert [layout.locate(token).frame for token in (0, 1, 8, 9)] == [None, 0, 1, None]
+    assert layout.index(frame=1, row=0, col=1) == 7
+    assert layout.index(kind="register", frame=1) == 8
+    assert (layout.index(kind="text"), layout.index(kind="scale")) == (0, 9)
+    assert layout.maps(torch.arange(10)).flatten().tolist() == [2, 3, 6, 7]
+    assert [layout.nearest_patch(token) for token in (0, 1, 4, 5, 8, 9, 99)] == [
+        2,
+        2,
+        3,
+        6,
+        7,
+        7,
+        7,
+    ]
+    assert layout.frame_layout() == TokenLayout(1, (1, 2), ("cls",), (14, 14), ("register",))
+    assert TokenLayout.from_dict(layout.to_dict()) == layout
+    with pytest.raises(LayoutError, match="lies in no picture"):
+        _ = layout.locate(0).frame_idx
+    with pytest.raises(LayoutError, match="the last patch is 7"):
+        layout.locate(10)
