@@ -23,6 +23,8 @@ SCHEMA = 1
 NAME = "manifest.json"
 # What replaces an earlier run gathers under this name, and takes the other in one rename.
 NEXT = "manifest.next.json"
+# What was replaced, until its files are removed: so a writer killed meanwhile leaves no orphans.
+OLD = "manifest.old.json"
 
 # What data of other types and values than a writer's make Python raise. Ours are ValueErrors too.
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
