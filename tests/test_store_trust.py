@@ -117,3 +117,35 @@ def test_what_a_writer_finished_before_it_was_killed_is_taken_up(tmp_path: Path)
     assert open_run(tmp_path).missing == ("block_1", "block_2")
     save_run(captured(), tmp_path).check()
     assert len(list((tmp_path / "sites").iterdir())) == 3
+
+
+# -- manifests beside that of the run -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("name", ["manifest.next.json", "manifest.old.json"])
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"format": "vistvis-run", "schema": 0}'])
+def test_a_damaged_manifest_beside_a_sound_run_blocks_no_writer(
+    tmp_path: Path, name: str, text: bytes, resume: bool
+) -> None:
+    save_run(captured(), tmp_path)
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(StoreError, match="lacks"):
+        RunWriter(tmp_path, expected=["other"], resume=resume).close()
+    open_run(tmp_path).check()
+    run = save_run(captured(seed=1), tmp_path, resume=resume)
+    run.check()
+    assert torch.equal(run["block_0"].dense(), captured(seed=1)["block_0"].dense())
+    assert set(contents(tmp_path)) == {
+        *(".lock", "manifest.json"),
+        *(f"sites/{name}-2.safetensors" for name in captured()),
+    }
+
+
+def test_a_replacement_of_a_newer_version_is_kept(tmp_path: Path) -> None:
+    save_run(captured(), tmp_path)
+    (tmp_path / "manifest.next.json").write_text('{"format": "vistvis-run", "schema": 99}')
+    before = contents(tmp_path)
+    with pytest.raises(StoreError, match=r"schema version 99.*Nothing was written"):
+        save_run(captured(seed=1), tmp_path)
+    assert contents(tmp_path) == before

@@ -19,6 +19,7 @@ from vistvis.store.manifest import (
     OLD,
     FileRecord,
     Manifest,
+    NewerSchemaError,
     SiteRecord,
     is_file_of_run,
 )
@@ -78,6 +79,10 @@ class _Files:
         try:
             return Manifest.from_json(text, self.folder.where(name))
         except StoreError as error:
+            # What is read is `manifest.json` alone: of the others damage costs only what they
+            # gathered, and the sound run stays.
+            if name != NAME and not isinstance(error, NewerSchemaError):
+                return None
             raise StoreError(
                 f"{error}. Nothing was written; move that folder away, or choose another"
             ) from error

@@ -35,6 +35,10 @@ SITE_FILE = re.compile(r"sites/[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}\.safetensors")
 IMAGES_FILE = re.compile(r"images(-[0-9]{1,9})?\.safetensors")
 
 
+class NewerSchemaError(StoreError):
+    """A manifest that is no damage, but of a later version of this package."""
+
+
 def is_file_of_run(name: str) -> bool:
     return bool(SITE_FILE.fullmatch(name) or IMAGES_FILE.fullmatch(name))
 
@@ -230,7 +234,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> Manifest:
-        """Read and check a manifest; StoreError if it is none, damaged, or of a newer schema."""
+        """Read and check a manifest; a StoreError if it is none, damaged or newer."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -241,7 +245,7 @@ class Manifest:
         if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
             raise StoreError(f"{where} is damaged: its schema version is {schema!r}")
         if schema > SCHEMA:
-            raise StoreError(
+            raise NewerSchemaError(
                 f"{where} has schema version {schema} (written by {data.get('made_by')!r}), and "
                 f"this version of vistvis reads up to {SCHEMA}; update vistvis"
             )
