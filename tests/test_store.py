@@ -742,10 +742,9 @@ def test_a_run_can_be_written_over_itself(tmp_path: Path) -> None:
 
 
 def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
-    for name in ("notes.txt", "other.safetensors", "sites/notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("mine")
     save_run(captured(2), tmp_path)
+    for name in ("notes.txt", "other.safetensors", "sites/notes.txt"):
+        (tmp_path / name).write_text("mine")
     save_run(captured(2, seed=1), tmp_path)
     for name in ("notes.txt", "other.safetensors", "sites/notes.txt"):
         assert (tmp_path / name).read_text() == "mine"

@@ -86,6 +86,9 @@ class Folder(Protocol):
     def sizes(self) -> dict[str, int]:
         """Every file of the folder and of its `sites` with its size."""
 
+    def names(self) -> list[str]:
+        """Everything in the folder and its `sites`, whatever it is; `sites` itself left out."""
+
     def rename(self, old: str, new: str) -> None:
         """Let a file take the place of another, which is never missing or half there."""
 
@@ -149,15 +152,22 @@ class LocalFolder(Folder):
         _sync(path.parent)
         return size, crc
 
-    def sizes(self) -> dict[str, int]:
-        sizes = {}
+    def _entries(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
         for prefix, folder in (("", self.folder), (f"{SITES}/", self.local(SITES))):
             with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
                 for entry in entries:
-                    with contextlib.suppress(FileNotFoundError):  # a writer is at work beside us
-                        if entry.is_file():
-                            sizes[prefix + entry.name] = entry.stat().st_size
+                    yield prefix + entry.name, entry
+
+    def sizes(self) -> dict[str, int]:
+        sizes = {}
+        for name, entry in self._entries():
+            with contextlib.suppress(FileNotFoundError):  # a writer is at work beside us
+                if entry.is_file():
+                    sizes[name] = entry.stat().st_size
         return sizes
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self._entries() if name != SITES]
 
     def rename(self, old: str, new: str) -> None:
         os.replace(self.local(old), self.local(new))
@@ -218,16 +228,22 @@ class RemoteFolder(Folder):
         return len(data), zlib.crc32(data)
 
     @_as_os_error()
-    def sizes(self) -> dict[str, int]:
+    def _entries(self) -> list[tuple[str, Mapping[str, Any]]]:
         self.system.invalidate_cache()
-        sizes = {}
+        entries = []
         for prefix in ("", f"{SITES}/"):
             with contextlib.suppress(FileNotFoundError):
                 for entry in self.system.ls(f"{self.base}/{prefix}".rstrip("/"), detail=True):
-                    if entry["type"] == "file":
-                        name = entry["name"].rstrip("/").rpartition("/")[2]
-                        sizes[prefix + name] = int(entry["size"])
-        return sizes
+                    name = entry["name"].rstrip("/").rpartition("/")[2]
+                    entries.append((prefix + name, entry))
+        return entries
+
+    def sizes(self) -> dict[str, int]:
+        entries = self._entries()
+        return {name: int(entry["size"]) for name, entry in entries if entry["type"] == "file"}
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self._entries() if name != SITES]
 
     def rename(self, old: str, new: str) -> None:
         # Object stores have no rename; a put of the same bytes is what is whole or not at all.

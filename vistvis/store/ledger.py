@@ -12,8 +12,17 @@ from vistvis.errors import StoreError
 from vistvis.files import TEMPORARY
 from vistvis.names import few
 from vistvis.store.codec import tensors_of
-from vistvis.store.folders import SITES, Folder, reported
-from vistvis.store.manifest import NAME, NEXT, FileRecord, Manifest, SiteRecord, is_file_of_run
+from vistvis.store.folders import LOCK, SITES, Folder, reported
+from vistvis.store.manifest import (
+    NAME,
+    NEXT,
+    OLD,
+    FileRecord,
+    Manifest,
+    NewerSchemaError,
+    SiteRecord,
+    is_file_of_run,
+)
 from vistvis.store.tensors import Encoded, checksum
 
 # What the writers of a run say of it, as far as they say it.
@@ -32,10 +41,35 @@ def _fits(earlier: Manifest, asked: Manifest, images: Encoded | None) -> bool:
     return earlier.images.is_of(images)
 
 
+# What `atomic_file` calls a file of a run that it has not finished.
+_TEMPORARY = re.compile(rf"({SITES}/)?\.(.+)\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
+
+
+def _is_temporary(name: str) -> bool:
+    match = _TEMPORARY.fullmatch(name)
+    final = match and (match[1] or "") + match[2]
+    return bool(final and (final in (NAME, NEXT, OLD) or is_file_of_run(final)))
+
+
+def check_free(folder: Folder) -> None:
+    """`StoreError` for a folder that is neither a run nor empty: what it holds is someone's."""
+    names = folder.names()
+    others = sorted(name for name in names if name != LOCK and not _is_temporary(name))
+    if NAME in names or not others:
+        return
+    sites = [name for name in others if is_file_of_run(name)]
+    lost = f", of them files of a run whose manifest is lost: {few(sites)}" if sites else ""
+    raise StoreError(
+        f"a run is written into a folder that is new, empty or a run: {folder.root} has no {NAME}, "
+        f"and holds {few(others)}{lost}. All of it was left alone; choose another folder"
+    )
+
+
 class _Files:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self._taken: set[str] = set()  # casefolded: some systems don't tell A from a
+        self._taken = {name.casefold() for name in folder.names()}  # some systems: A is a
+        self._ours: set[str] = set()  # named by a manifest of this folder, or written here
 
     def manifest(self, name: str) -> Manifest | None:
         try:
@@ -45,6 +79,10 @@ class _Files:
         try:
             return Manifest.from_json(text, self.folder.where(name))
         except StoreError as error:
+            # What is read is `manifest.json` alone: of the others damage costs only what they
+            # gathered, and the sound run stays.
+            if name != NAME and not isinstance(error, NewerSchemaError):
+                return None
             raise StoreError(
                 f"{error}. Nothing was written; move that folder away, or choose another"
             ) from error
@@ -60,17 +98,26 @@ class _Files:
                 "stops, write to another folder"
             )
 
+    def own(self, manifest: Manifest | None) -> None:
+        """Take what a manifest of this folder names for files that a writer of it has made."""
+        self._ours |= {record.file for record in manifest.files} if manifest else set()
+
     def clean(self, kept: Sequence[Manifest | None], *, keep_next: bool) -> None:
-        """Remove files of this format that no manifest names. What can't go now goes next time."""
+        """Remove our files that no manifest names any more, and the temporary ones.
+
+        Files that no manifest named are someone's: they stay. What can't go now goes next time.
+        """
         used = {record.file for manifest in kept if manifest for record in manifest.files}
-        self._taken = {name.casefold() for name in used}
-        for name in self.folder.sizes():
-            unused = is_file_of_run(name) and name not in used
-            if unused or name.endswith(TEMPORARY) or (name == NEXT and not keep_next):
-                try:
-                    self.folder.remove(name)
-                except OSError:
-                    self._taken.add(name.casefold())
+        there = self.folder.sizes()
+        unused = [name for name in there if name in self._ours - used or _is_temporary(name)]
+        # A manifest goes before the files it names; what remembers them goes after.
+        first = [NEXT] if NEXT in there and not keep_next else []
+        try:
+            for name in (*first, *unused, *([OLD] if OLD in there else [])):
+                self.folder.remove(name)
+                self._taken.discard(name.casefold())
+        except OSError:
+            return
 
     def put(
         self, name: str, encoded: Encoded, check: Callable[[], None] | None = None
@@ -81,6 +128,11 @@ class _Files:
         stem = stem if re.match(r"[A-Za-z0-9_]", stem) else f"_{stem}"
         number, file = 1, f"{prefix}{slash}{stem}.safetensors"
         while file.casefold() in self._taken:
+            if record := self._left(file, encoded):
+                if check is not None:
+                    check()
+                self._ours.add(file)
+                return record
             number += 1
             file = f"{prefix}{slash}{stem}-{number}.safetensors"
         self._taken.add(file.casefold())
@@ -92,7 +144,16 @@ class _Files:
             with contextlib.suppress(OSError):
                 self.folder.remove(file)
             raise
+        self._ours.add(file)
         return FileRecord(file, size, crc, encoded.records)
+
+    def _left(self, file: str, encoded: Encoded) -> FileRecord | None:
+        """A file of just this content, of a writer killed before its manifest said so."""
+        path = self.folder.local(file)
+        if path is None or file in self._ours or not path.is_file():
+            return None
+        record = FileRecord(file, *checksum(path), encoded.records)
+        return record if record.is_of(encoded) else None
 
     def has(self, encoded: Encoded, record: FileRecord) -> bool:
         """Whether a file is there with just this content."""
@@ -121,6 +182,9 @@ class Ledger:
 
         self._folder, self._files = folder, _Files(folder)
         current, following = self._files.manifest(NAME), self._files.manifest(NEXT)
+        on_disk = current
+        for manifest_there in (current, following, self._files.manifest(OLD)):
+            self._files.own(manifest_there)
         if current is not None and not current.complete and not current.sites:
             current = None  # an announcement alone is not worth keeping beside the new run
         # `_replaced` is what the run on disk held; None once that is this writer's own.
@@ -133,17 +197,17 @@ class Ledger:
         self._layout = manifest.layout
         # Sites that this writer wrote, or found stored with the same content.
         self._confirmed: set[str] = set()
-        # Only what the manifests name is kept; the rest was being written when a writer died.
-        keep_next = self._file == NEXT and earlier is not None
-        self._files.clean((current, earlier), keep_next=keep_next)
         self.manifest = manifest
         if earlier is not None:
             left = earlier.without(earlier.damage(folder))
             said = {k: getattr(manifest, k) or getattr(left, k) for k in (*_SAID, "expected")}
             self.manifest = replace(manifest, sites=left.sites, images=left.images, **said)
+        self._files.clean((on_disk, earlier), keep_next=self._file == NEXT and bool(earlier))
         self._save(self.manifest, first=True)
+        self._files.clean((self._replaced, self.manifest), keep_next=self._file == NEXT)
         if images is not None and self.manifest.images is None:
-            self._save(replace(self.manifest, images=self._files.put("images", images)))
+            file = self._files.put("images", images)
+            self._save(replace(self.manifest, images=file), new=file)
 
     def expect(self, names: tuple[str, ...]) -> None:
         with reported(f"can't write {self._folder.where(self._file)}"):
@@ -180,7 +244,7 @@ class Ledger:
             # By default the run's layout is the longest of its keys'.
             layouts = [layout for layout in (self.manifest.layout, site.key_layout) if layout]
             layout = self._layout or max(layouts, key=lambda one: one.num_tokens, default=None)
-            self._save(replace(self.manifest.with_site(name, record), layout=layout))
+            self._save(replace(self.manifest.with_site(name, record), layout=layout), new=file)
 
     def finish(self) -> None:
         """Close the run; a replacement takes its place, or StoreError if it is not whole."""
@@ -194,13 +258,26 @@ class Ledger:
             self._save(replace(self.manifest, closed=True))
             if self._file == NEXT:
                 self._files.check_alone(NAME, self._replaced)
+                if self._replaced:
+                    self._folder.write(OLD, [self._replaced.to_json()])
                 self._folder.rename(NEXT, NAME)
                 self._files.clean([self.manifest], keep_next=False)
 
-    def _save(self, manifest: Manifest, *, first: bool = False) -> None:
+    def _save(
+        self, manifest: Manifest, *, first: bool = False, new: FileRecord | None = None
+    ) -> None:
         if not first:
             self._files.check_alone(self._file, self.manifest)
-        self._folder.write(self._file, [manifest.to_json()])
+        try:
+            self._folder.write(self._file, [manifest.to_json()])
+        except OSError:
+            # A new file that no manifest came to name would be nobody's.
+            if new is not None:
+                with contextlib.suppress(StoreError, OSError):
+                    there = self._files.manifest(self._file)
+                    if there is None or new.file not in {record.file for record in there.files}:
+                        self._folder.remove(new.file)
+            raise
         self.manifest = manifest
 
     def _restage(self) -> None:

@@ -23,6 +23,8 @@ SCHEMA = 1
 NAME = "manifest.json"
 # What replaces an earlier run gathers under this name, and takes the other in one rename.
 NEXT = "manifest.next.json"
+# What was replaced, until its files are removed: so a writer killed meanwhile leaves no orphans.
+OLD = "manifest.old.json"
 
 # What data of other types and values than a writer's make Python raise. Ours are ValueErrors too.
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -31,6 +33,10 @@ _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError,
 # one that leaves the folder first of all, is refused.
 SITE_FILE = re.compile(r"sites/[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}\.safetensors")
 IMAGES_FILE = re.compile(r"images(-[0-9]{1,9})?\.safetensors")
+
+
+class NewerSchemaError(StoreError):
+    """A manifest that is no damage, but of a later version of this package."""
 
 
 def is_file_of_run(name: str) -> bool:
@@ -228,7 +234,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> Manifest:
-        """Read and check a manifest; StoreError if it is none, damaged, or of a newer schema."""
+        """Read and check a manifest; a StoreError if it is none, damaged or newer."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -239,7 +245,7 @@ class Manifest:
         if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
             raise StoreError(f"{where} is damaged: its schema version is {schema!r}")
         if schema > SCHEMA:
-            raise StoreError(
+            raise NewerSchemaError(
                 f"{where} has schema version {schema} (written by {data.get('made_by')!r}), and "
                 f"this version of vistvis reads up to {SCHEMA}; update vistvis"
             )

@@ -23,7 +23,7 @@ from vistvis.names import few
 from vistvis.progress import progress as bar
 from vistvis.store.codec import check_storable
 from vistvis.store.folders import folder_of, reported
-from vistvis.store.ledger import Ledger
+from vistvis.store.ledger import Ledger, check_free
 from vistvis.store.manifest import Manifest
 from vistvis.store.reader import Run, open_run
 from vistvis.store.tensors import Encoded
@@ -67,7 +67,8 @@ class RunWriter:
     at most.
 
     InputError if arguments are not as said; StoreError if the folder can't be written, is being
-    written by someone else, or holds something that is not a run of this schema. Errors of the
+    written by someone else, or holds something that is not a run of this schema; nothing of that is
+    touched, nor files beside a run that its manifest does not name. Errors of the
     background surface at the next `write` or at `close`; sites finished before stay.
     """
 
@@ -104,6 +105,7 @@ class RunWriter:
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(queue_size)
         self._held = contextlib.ExitStack()
         with self._held, reported(f"can't write a run in {self._folder.root}"):
+            check_free(self._folder)  # first: the lock is a file too
             self._held.enter_context(self._folder.lock())
             self._ledger = Ledger(self._folder, manifest, pictures, resume=resume)
             self._held = self._held.pop_all()
