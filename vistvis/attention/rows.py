@@ -50,7 +50,7 @@ class LazyRows(TensorLike):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: Q, K, mask and, once computed, the log-sum-exp (or the weights)."""
+        """Bytes held: Q, K, mask and, once computed, row maxima and sums (or the weights)."""
         return sum(t.numel() * t.element_size() for t in self._tensors())
 
     @property
