@@ -428,12 +428,37 @@ def test_a_renamed_site_keeps_its_path() -> None:
         ({"mask": torch.zeros(3, 3)}, r"must broadcast to .* \(1, 2, 4, 4\)"),
         ({"mask": torch.zeros(4, 4).long()}, "a mask is bool"),
         ({"scale": torch.ones(3)}, "one for each of the 2 heads"),
+        ({"scale": torch.ones(2, dtype=torch.bool)}, "one for each of the 2 heads, got torch.bool"),
+        ({"scale": torch.tensor(1j)}, "one for each of the 2 heads, got torch.complex64"),
+        ({"scale": "0.5"}, "one for each of the 2 heads, got str"),
+        ({"scale": True}, "one for each of the 2 heads, got bool"),
+        ({"scale": [0.1, 0.2]}, "one for each of the 2 heads, got list"),
+        ({"scale": np.ones(2)}, "one for each of the 2 heads, got ndarray"),
+        ({"query": torch.zeros(1, 2, 4, 0), "key": torch.zeros(1, 2, 4, 0)}, "a d of 1; got"),
+        ({"query": torch.zeros(1, 0, 4, 5)}, r"at least one head and a d of 1; got \(1, 0, 4, 5\)"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(arguments: dict[str, Tensor], text: str) -> None:
     pair = {"query": torch.zeros(1, 2, 4, 5), "key": torch.zeros(1, 2, 4, 5)}
     with pytest.raises(InputError, match=text):
         Attention(**{**pair, **arguments})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 0), (0, 3, 5), (2, 0, 5), (2, 0, 0)])
+@pytest.mark.parametrize("more", [{}, {"mask": torch.ones(1, 1, 1, 1).bool()}, {"causal": True}])
+def test_without_batch_queries_or_keys_it_is_as_empty_as_in_torch(
+    shape: tuple[int, int, int], more: dict[str, object]
+) -> None:
+    batch, queries, keys = shape
+    query, key = torch.zeros(batch, 4, queries, 8), torch.zeros(batch, 2, keys, 8)
+    attention = Attention(query=query, key=key, **more)  # type: ignore[arg-type]
+    for found in (attention.dense(), attention.rows(None), attention.logits(None), attention[...]):
+        assert found.shape == (batch, 4, queries, keys)
+    lse = torch.logsumexp(attention.logits(None), -1)
+    assert torch.equal(attention.log_sum_exp(), lse)
+    assert attention.columns(None).shape == (batch, 4, queries, keys)
+    assert attention.columns([]).shape == (batch, 4, queries, 0)
+    assert not list(attention.row_blocks(queries=[]))
 
 
 def test_given_weights_are_attention_without_queries_and_keys() -> None:

@@ -82,8 +82,15 @@ def softmax(logits: Tensor, *, masked: bool) -> Tensor:
     """Softmax over the last dimension; a row of −inf alone gives zeros (plain softmax: NaN)."""
     weights = torch.softmax(logits, -1)
     if masked:
-        weights = weights.masked_fill(logits.amax(-1, keepdim=True) == -math.inf, 0.0)
+        weights = weights.masked_fill(maximum(logits) == -math.inf, 0.0)
     return weights
+
+
+def maximum(logits: Tensor) -> Tensor:
+    """The maximum of every row, `(…, Q, 1)`; −inf where there are no keys."""
+    if not logits.shape[-1]:
+        return logits.new_full((*logits.shape[:-1], 1), -math.inf)
+    return logits.amax(-1, keepdim=True)
 
 
 def maximum_and_sum(logits: Tensor) -> Tensor:
@@ -93,17 +100,17 @@ def maximum_and_sum(logits: Tensor) -> Tensor:
     """
     # The maximum cancels, so no gradient goes through it. A row without any key (−inf alone) takes
     # the lowest number: its sum is 0, where −inf − −inf would be NaN.
-    maximum = logits.detach().amax(-1).clamp_(min=torch.finfo(logits.dtype).min)
-    return torch.stack([maximum, (logits - maximum.unsqueeze(-1)).exp_().sum(-1)], -1)
+    highest = maximum(logits.detach()).clamp_(min=torch.finfo(logits.dtype).min)
+    return torch.cat([highest, (logits - highest).exp_().sum(-1, keepdim=True)], -1)
 
 
 def softmax_of_part(logits: Tensor, maximum_and_sum: Tensor) -> Tensor:
     """Weights of some keys, `(…, Q, K)`, by `(2, …, Q)` of all of them; overwrites logits."""
-    maximum, total = maximum_and_sum.unsqueeze(-1).unbind()
+    highest, total = maximum_and_sum.unsqueeze(-1).unbind()
     # A product computed again may round to more than the maximum, and the weight to more than 1.
-    maximum = torch.maximum(maximum, logits.detach())
+    highest = torch.maximum(highest, logits.detach())
     # A sum is 1 at least, but for a row without any key, whose weights are 0.
-    return logits.sub_(maximum).exp_() / total.clamp(min=1)
+    return logits.sub_(highest).exp_() / total.clamp(min=1)
 
 
 def all_finite(values: Tensor) -> bool:

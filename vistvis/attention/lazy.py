@@ -93,9 +93,8 @@ class Attention(LazyRows):
         check_pair(query, key)
         shape = (*query.shape[:3], key.shape[2])
         self.query, self.key, self.causal = query, key, bool(causal)
-        self.scale: float | Tensor = query.shape[-1] ** -0.5 if scale is None else scale
-        if isinstance(self.scale, Tensor):
-            self.scale = checked_scale(self.scale, shape[1]).to(query.device)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.scale = checked_scale(scale, shape[1], query.device)
         self.mask = None if mask is None else checked_mask(mask, shape, query.device)
         self.segments = None
         if segments is not None:
