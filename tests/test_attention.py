@@ -250,6 +250,44 @@ def test_any_index_gives_what_torch_gives(data: st.DataObject) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        [True] * 3,
+        (0, 0, [True] * 4),
+        (0, 0, torch.ones(6, dtype=torch.bool)),
+        (0, 0, np.zeros(4, dtype=bool)),
+        (..., torch.ones(5, dtype=torch.bool)),
+        (None, 0, ..., torch.ones(10, dtype=torch.bool), None),
+        (0, torch.ones(4, 6, dtype=torch.bool)),
+        (0, torch.ones(5, 4, dtype=torch.bool)),
+        (..., torch.zeros(5, 10, dtype=torch.bool)),
+        (torch.ones(1, 4, dtype=torch.bool), 0),
+    ],
+)
+def test_a_mask_of_another_length_is_refused_as_torch_does(index: object) -> None:
+    attention = TestCross().make()
+    with pytest.raises(IndexError):
+        attention.dense()[index]
+    with pytest.raises(IndexOutOfRange, match=r"a mask over .* has shape \(.*\), got \("):
+        attention[index]
+    with pytest.raises(IndexOutOfRange, match=r"a query mask has shape \(5,\), got \(6,\)"):
+        attention.rows(torch.ones(6, dtype=torch.bool))
+
+
+def test_masks_of_several_dimensions_are_those_of_torch() -> None:
+    attention = TestCross().make()
+    dense = attention.dense()
+    for index in (
+        dense > 0.5,
+        (0, dense[0] > 0.5),
+        (..., dense[0, 0] > 0.5),
+        (None, dense[..., 0, 0] > 0.01, ...),
+        (dense[:, 0, 0, 0] > 2, 0),
+    ):
+        assert torch.allclose(attention[index], dense[index], rtol=0, atol=5e-6)
+
+
 def test_what_it_says_of_itself() -> None:
     attention = TestGrouped().make()
     assert attention.shape == (2, 4, 7, 7)
