@@ -341,8 +341,16 @@ def test_a_dense_matrix_over_the_limit_is_refused_by_name() -> None:
     with pytest.raises(MemoryError):
         attention[0, :, :]
     assert attention[0, 3, 500].shape == (10_992,)
+    for part in (attention.rows, attention.columns, attention.logits):
+        with pytest.raises(DenseLimitError, match=r"7\.2 GB.*limit of 2 GB.*max_bytes=…"):
+            part(None)
+    small = TestSelf().make()
     with pytest.raises(DenseLimitError):
-        TestSelf().make().dense(max_bytes=100)
+        small.dense(max_bytes=100)
+    for part in (small.rows, small.columns, small.logits):
+        with pytest.raises(DenseLimitError):
+            part([0, 1], max_bytes=2 * 4 * 2 * 7 * 4 - 1)
+        assert part([0, 1], max_bytes=2 * 4 * 2 * 7 * 4).numel() == 2 * 4 * 2 * 7
 
 
 def test_log_sum_exp_is_right_and_costs_once(

@@ -23,7 +23,7 @@ from vistvis.attention.checks import (
     describe,
 )
 from vistvis.attention.indexing import ALL, Box, take
-from vistvis.attention.rows import LazyRows, Selection
+from vistvis.attention.rows import DENSE_LIMIT, LazyRows, Selection
 from vistvis.attention.segments import fill_box, ranges
 from vistvis.attention.site import SiteInfo
 from vistvis.errors import InputError
@@ -189,9 +189,14 @@ class Attention(LazyRows):
         return other
 
     def columns(
-        self, keys: Selection, *, batch: Selection = None, heads: Selection = None
+        self,
+        keys: Selection,
+        *,
+        batch: Selection = None,
+        heads: Selection = None,
+        max_bytes: int = DENSE_LIMIT,
     ) -> Tensor:
-        """Weights that all queries give to chosen keys, `(B', h', Nq, K)`; keys as in `rows`.
+        """Weights that all queries give to chosen keys, `(B', h', Nq, K)`; as in `rows`.
 
         Exact: each row's softmax runs over all keys, through its maximum and sum. Within
         8·eps·max(1, max |logit|) of softmax in float64, and between 0 and 1.
@@ -204,7 +209,7 @@ class Attention(LazyRows):
             key = every_key[self._whole(keys, 3)].to(self.dtype)
             column = arithmetic.one_by_many(key, query.to(self.dtype), scale).view(1, 1, -1, 1)
             return arithmetic.softmax_of_part(self._finite(column), self._kept[:, batch, heads])
-        return self._block(self._taken(batch, heads, None, keys))
+        return self._block(self._within(max_bytes, batch, heads, None, keys))
 
     def log_sum_exp(self, *, progress: bool = False) -> Tensor:
         """log Σ exp(logits) of every row, `(B, h, Nq)`; −inf for a row without any key.
@@ -218,14 +223,19 @@ class Attention(LazyRows):
         return maximum + total.log()
 
     def logits(
-        self, queries: Selection, *, batch: Selection = None, heads: Selection = None
+        self,
+        queries: Selection,
+        *,
+        batch: Selection = None,
+        heads: Selection = None,
+        max_bytes: int = DENSE_LIMIT,
     ) -> Tensor:
-        """What enters the softmax, `scale · q·k + mask`, `(B', h', Q, Nk)`.
+        """What enters the softmax, `scale · q·k + mask`, `(B', h', Q, Nk)`; as in `rows`.
 
         `InputError` as for `log_sum_exp`.
         """
         self.check_unwritten()
-        return self._logits(self._taken(batch, heads, queries, None))
+        return self._logits(self._within(max_bytes, batch, heads, queries, None))
 
     def _maximum_and_sum(self, progress: bool = False) -> Tensor:
         """Of every row, as in `arithmetic` but `(2, B, h, Nq)`; kept."""
