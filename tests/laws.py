@@ -112,13 +112,17 @@ class AttentionLaws:
 
     def test_columns(self, attention: Attention, expected: Tensor, tolerance: float) -> None:
         keys = expected.shape[3]
-        for _ in range(2):  # before and after the log-sum-exp is known
+        for _ in range(2):  # before and after the rows' sums are known
             for k in (0, keys // 2, -1):
                 wanted = expected[..., [k]]
                 self.close(attention.columns(k), wanted, tolerance)
                 one = attention.columns(k, batch=0, heads=0)
                 self.close(one, wanted[:1, :1], tolerance)
             self.close(attention.columns([keys - 1, 0]), expected[..., [keys - 1, 0]], tolerance)
+            every = attention.columns(slice(0, keys - 1))
+            self.close(every, expected[..., :-1], tolerance)
+            if self.stochastic:
+                assert bool(((every >= 0) & (every <= 1)).all())
             if attention.weights is None:
                 attention.log_sum_exp()
 

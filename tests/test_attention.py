@@ -123,6 +123,58 @@ class TestAddedMask(QK):
         return {"mask": mask}
 
 
+class TestFarMask(QK):
+    """A finite mask on every key of a row, far below what its logits can be seen beside."""
+
+    batch, heads, key_heads, queries, keys = 1, 2, 2, 5, 2000
+    far = -1e9
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        query, key = super().tensors()
+        query[:, :, 2] = 0  # so that in float64, too, the far row is uniform
+        return query, key
+
+    def extras(self) -> dict[str, object]:
+        mask = random(1, 1, self.queries, self.keys, seed=3)
+        mask[:, :, 2] = self.far
+        return {"mask": mask}
+
+    @pytest.fixture
+    def tolerance(self, attention: Attention) -> float:
+        logits = attention.logits([0, 1, 3, 4])
+        return 8 * torch.finfo(attention.dtype).eps * float(logits.abs().max())
+
+
+class TestFarthestMask(TestFarMask):
+    far = torch.finfo(torch.float32).min
+
+
+class TestLargeLogits(QK):
+    """All logits near one large number, so that the weights stay a mixture."""
+
+    offset = 1e3
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        query, key = super().tensors()
+        for tensor in (query, key):
+            tensor[..., 0] = (self.offset * self.width**0.5) ** 0.5
+        return query, key
+
+
+class TestLargerLogits(TestLargeLogits):
+    offset, width, queries, keys = 5e3, 64, 50, 90
+
+
+class TestVeryLargeLogits(TestLargerLogits):
+    offset, queries, keys = 1e5, 7, 9  # few, so that mistakes are larger than the rounding
+
+
+class TestVeryLowLogits(TestLargeLogits):
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        query, key = super().tensors()
+        return query, key * torch.tensor([-100.0, *(self.width - 1) * (1.0,)])
+
+
 class TestGivenWeights(QK):
     stochastic = False
 
@@ -198,6 +250,44 @@ def test_any_index_gives_what_torch_gives(data: st.DataObject) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        [True] * 3,
+        (0, 0, [True] * 4),
+        (0, 0, torch.ones(6, dtype=torch.bool)),
+        (0, 0, np.zeros(4, dtype=bool)),
+        (..., torch.ones(5, dtype=torch.bool)),
+        (None, 0, ..., torch.ones(10, dtype=torch.bool), None),
+        (0, torch.ones(4, 6, dtype=torch.bool)),
+        (0, torch.ones(5, 4, dtype=torch.bool)),
+        (..., torch.zeros(5, 10, dtype=torch.bool)),
+        (torch.ones(1, 4, dtype=torch.bool), 0),
+    ],
+)
+def test_a_mask_of_another_length_is_refused_as_torch_does(index: object) -> None:
+    attention = TestCross().make()
+    with pytest.raises(IndexError):
+        attention.dense()[index]
+    with pytest.raises(IndexOutOfRange, match=r"a mask over .* has shape \(.*\), got \("):
+        attention[index]
+    with pytest.raises(IndexOutOfRange, match=r"a query mask has shape \(5,\), got \(6,\)"):
+        attention.rows(torch.ones(6, dtype=torch.bool))
+
+
+def test_masks_of_several_dimensions_are_those_of_torch() -> None:
+    attention = TestCross().make()
+    dense = attention.dense()
+    for index in (
+        dense > 0.5,
+        (0, dense[0] > 0.5),
+        (..., dense[0, 0] > 0.5),
+        (None, dense[..., 0, 0] > 0.01, ...),
+        (dense[:, 0, 0, 0] > 2, 0),
+    ):
+        assert torch.allclose(attention[index], dense[index], rtol=0, atol=5e-6)
+
+
 def test_what_it_says_of_itself() -> None:
     attention = TestGrouped().make()
     assert attention.shape == (2, 4, 7, 7)
@@ -207,7 +297,7 @@ def test_what_it_says_of_itself() -> None:
     assert attention.device == torch.device("cpu")
     assert attention.nbytes == (2 * 4 * 7 * 8 + 2 * 2 * 7 * 8) * 4
     attention.log_sum_exp()
-    assert attention.nbytes == (2 * 4 * 7 * 8 + 2 * 2 * 7 * 8 + 2 * 4 * 7) * 4
+    assert attention.nbytes == (2 * 4 * 7 * 8 + 2 * 2 * 7 * 8 + 2 * 2 * 4 * 7) * 4
     text = repr(attention.with_site(SiteInfo("global_block_3", rope=False)))
     assert "'global_block_3'" in text
     assert "2 key heads" in text
@@ -251,17 +341,77 @@ def test_a_dense_matrix_over_the_limit_is_refused_by_name() -> None:
     with pytest.raises(MemoryError):
         attention[0, :, :]
     assert attention[0, 3, 500].shape == (10_992,)
+    for part in (attention.rows, attention.columns, attention.logits):
+        with pytest.raises(DenseLimitError, match=r"7\.2 GB.*limit of 2 GB.*max_bytes=…"):
+            part(None)
+    small = TestSelf().make()
     with pytest.raises(DenseLimitError):
-        TestSelf().make().dense(max_bytes=100)
+        small.dense(max_bytes=100)
+    for part in (small.rows, small.columns, small.logits):
+        with pytest.raises(DenseLimitError):
+            part([0, 1], max_bytes=2 * 4 * 2 * 7 * 4 - 1)
+        assert part([0, 1], max_bytes=2 * 4 * 2 * 7 * 4).numel() == 2 * 4 * 2 * 7
 
 
-def test_log_sum_exp_is_kept_and_right(attention: Attention) -> None:
+def test_log_sum_exp_is_right_and_costs_once(
+    attention: Attention, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = attention.log_sum_exp()
-    assert attention.log_sum_exp() is first
+    with monkeypatch.context() as patch:
+        patch.delattr(Attention, "_logits")
+        assert torch.equal(attention.log_sum_exp(), first)
     wanted = attention.logits(None).double().exp().sum(-1).log()
     torch.testing.assert_close(first.double(), wanted, atol=1e-5, rtol=0)
     with pytest.raises(InputError, match="made from weights alone"):
         TestGivenWeights().make().log_sum_exp()
+
+
+def test_columns_of_a_far_row_are_those_of_the_row() -> None:
+    """Beside −1e9 logits keep steps of 64: what is left of them is the same both ways."""
+    query, key = (random(1, 1, n, 8, seed=n) for n in (3, 2000))
+    mask = torch.zeros(3, 2000)
+    mask[1] = -1e9
+    attention = Attention(query=query, key=key, mask=mask)
+    attention.log_sum_exp()
+    for found in (attention.columns([7]), attention[..., [7]]):
+        assert abs(float(found[0, 0, 1]) - 1 / 2000) < 1e-6
+        assert torch.allclose(found, attention.rows(None)[..., [7]], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2e38])
+@pytest.mark.parametrize("name", ["query", "key"])
+@pytest.mark.parametrize("case", [TestSelf, TestCausal, TestBoolMask, TestGrouped])
+def test_what_is_not_finite_is_refused(case: type[QK], name: str, value: float) -> None:
+    query, key = case().tensors()
+    other, tensor = (key, query) if name == "query" else (query, key)
+    tensor[0, 0, 3, 1] = value
+    other[..., 1] = 10 * other[..., 1].sign()  # of either sign: one inf alone is a weight of 0
+    attention = Attention(query=query, key=key, **case().extras())  # type: ignore[arg-type]
+    asked = [
+        attention.dense,
+        attention.log_sum_exp,
+        lambda: attention.columns(3),
+        lambda: attention.rows(3),
+        lambda: attention.logits(3),
+        lambda: attention[0, 0, 3],
+        lambda: next(attention.row_blocks()),
+        lambda: np.asarray(attention),
+    ]
+    for ask in asked:
+        with pytest.raises(InputError, match=r"this attention has NaN or inf .*float32: use"):
+            ask()
+    if name == "query":
+        assert bool(attention.rows(2).isfinite().all())  # others are what they were
+    if value == 2e38:
+        assert bool(attention.to(torch.float64).dense().isfinite().all())
+
+
+def test_products_whose_sum_overflows_are_finite() -> None:
+    query = torch.full((1, 1, 4, 1), 1e19)
+    attention = Attention(query=query, key=query)
+    assert torch.equal(attention.rows(0), torch.full((1, 1, 1, 4), 0.25))
+    attention.log_sum_exp()
+    assert torch.equal(attention.columns(0, batch=0, heads=0), torch.full((1, 1, 4, 1), 0.25))
 
 
 def test_gradients_flow_through_what_is_asked() -> None:
@@ -324,12 +474,37 @@ def test_a_renamed_site_keeps_its_path() -> None:
         ({"mask": torch.zeros(3, 3)}, r"must broadcast to .* \(1, 2, 4, 4\)"),
         ({"mask": torch.zeros(4, 4).long()}, "a mask is bool"),
         ({"scale": torch.ones(3)}, "one for each of the 2 heads"),
+        ({"scale": torch.ones(2, dtype=torch.bool)}, "one for each of the 2 heads, got torch.bool"),
+        ({"scale": torch.tensor(1j)}, "one for each of the 2 heads, got torch.complex64"),
+        ({"scale": "0.5"}, "one for each of the 2 heads, got str"),
+        ({"scale": True}, "one for each of the 2 heads, got bool"),
+        ({"scale": [0.1, 0.2]}, "one for each of the 2 heads, got list"),
+        ({"scale": np.ones(2)}, "one for each of the 2 heads, got ndarray"),
+        ({"query": torch.zeros(1, 2, 4, 0), "key": torch.zeros(1, 2, 4, 0)}, "a d of 1; got"),
+        ({"query": torch.zeros(1, 0, 4, 5)}, r"at least one head and a d of 1; got \(1, 0, 4, 5\)"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(arguments: dict[str, Tensor], text: str) -> None:
     pair = {"query": torch.zeros(1, 2, 4, 5), "key": torch.zeros(1, 2, 4, 5)}
     with pytest.raises(InputError, match=text):
         Attention(**{**pair, **arguments})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 0), (0, 3, 5), (2, 0, 5), (2, 0, 0)])
+@pytest.mark.parametrize("more", [{}, {"mask": torch.ones(1, 1, 1, 1).bool()}, {"causal": True}])
+def test_without_batch_queries_or_keys_it_is_as_empty_as_in_torch(
+    shape: tuple[int, int, int], more: dict[str, object]
+) -> None:
+    batch, queries, keys = shape
+    query, key = torch.zeros(batch, 4, queries, 8), torch.zeros(batch, 2, keys, 8)
+    attention = Attention(query=query, key=key, **more)  # type: ignore[arg-type]
+    for found in (attention.dense(), attention.rows(None), attention.logits(None), attention[...]):
+        assert found.shape == (batch, 4, queries, keys)
+    lse = torch.logsumexp(attention.logits(None), -1)
+    assert torch.equal(attention.log_sum_exp(), lse)
+    assert attention.columns(None).shape == (batch, 4, queries, keys)
+    assert attention.columns([]).shape == (batch, 4, queries, 0)
+    assert not list(attention.row_blocks(queries=[]))
 
 
 def test_given_weights_are_attention_without_queries_and_keys() -> None:

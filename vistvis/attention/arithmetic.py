@@ -20,24 +20,16 @@ def rows_at_once(keys: int, dtype: torch.dtype, max_bytes: int | None = None) ->
     return max(1, limit // max(1, keys * dtype.itemsize))
 
 
-def row(query: Tensor, key: Tensor, scale: float | Tensor) -> Tensor:
-    """The weights `(K,)` of one query `(d,)` over keys `(K, d)`, without a mask."""
-    # The scale goes on q: d multiplications in place of K.
-    return torch.softmax(torch.mv(key, query * scale), 0)
+def one_by_many(one: Tensor, many: Tensor, scale: float | Tensor) -> Tensor:
+    """scale · q·k of one vector `(d,)` with many `(N, d)`: a row or a column of one head."""
+    # The scale goes on the one: d multiplications in place of N.
+    return torch.mv(many, one * scale)
 
 
-def column(query: Tensor, key: Tensor, scale: float | Tensor, log_sum_exp: Tensor) -> Tensor:
-    """The weights `(Q,)` of queries `(Q, d)` on one key `(d,)`, without a mask."""
-    return torch.mv(query, key * scale).sub_(log_sum_exp).exp_()
+def logits(query: Tensor, key: Tensor, scale: float | Tensor) -> Tensor:
+    """scale · Q Kᵀ, `(B, h, Q, K)`.
 
-
-def logits(
-    query: Tensor, key: Tensor, scale: float | Tensor, masks: Iterable[Tensor] = ()
-) -> Tensor:
-    """scale · Q Kᵀ + masks, `(B, h, Q, K)`.
-
-    `query` is `(B, h, Q, d)`, `key` `(B, h_k, K, d)`, `scale` a number or `(h, 1, 1)`; masks are
-    bool, True where a key takes part, or floating, and broadcast to the result.
+    `query` is `(B, h, Q, d)`, `key` `(B, h_k, K, d)`, `scale` a number or `(h, 1, 1)`.
     """
     # Scaling costs a copy of what is scaled, so the shorter side takes it (a column has one key);
     # with grouped heads only queries have a scale of their own for each head.
@@ -45,11 +37,11 @@ def logits(
         key = key * scale
     else:
         query = query * scale
-    return masked(products(query, key), masks)
+    return products(query, key)
 
 
 def masked(values: Tensor, masks: Iterable[Tensor]) -> Tensor:
-    """Logits with masks, as `logits` takes them."""
+    """Logits with masks that broadcast to them: bool, True where a key takes part, or added."""
     for mask in masks:
         if mask.dtype == torch.bool:
             values = values.masked_fill(~mask, -math.inf)
@@ -90,16 +82,41 @@ def softmax(logits: Tensor, *, masked: bool) -> Tensor:
     """Softmax over the last dimension; a row of −inf alone gives zeros (plain softmax: NaN)."""
     weights = torch.softmax(logits, -1)
     if masked:
-        weights = weights.masked_fill(logits.amax(-1, keepdim=True) == -math.inf, 0.0)
+        weights = weights.masked_fill(maximum(logits) == -math.inf, 0.0)
     return weights
 
 
-def softmax_of_part(logits: Tensor, log_sum_exp: Tensor, *, masked: bool) -> Tensor:
-    """Weights of some keys, from the log-sum-exp `(…, Q)` of all; overwrites logits `(…, Q, K)`."""
-    if masked:
-        # A row without any key has lse = −inf; its logits are −inf too, and exp(−inf − 0) = 0.
-        log_sum_exp = log_sum_exp.masked_fill(log_sum_exp == -math.inf, 0.0)
-    return logits.sub_(log_sum_exp.unsqueeze(-1)).exp_()
+def maximum(logits: Tensor) -> Tensor:
+    """The maximum of every row, `(…, Q, 1)`; −inf where there are no keys."""
+    if not logits.shape[-1]:
+        return logits.new_full((*logits.shape[:-1], 1), -math.inf)
+    return logits.amax(-1, keepdim=True)
+
+
+def maximum_and_sum(logits: Tensor) -> Tensor:
+    """The maximum of every row and its Σ exp(logits − maximum), `(…, Q, 2)`.
+
+    Apart, because their log-sum-exp can't hold both: beside a maximum of −1e9 log N is lost.
+    """
+    # The maximum cancels, so no gradient goes through it. A row without any key (−inf alone) takes
+    # the lowest number: its sum is 0, where −inf − −inf would be NaN.
+    highest = maximum(logits.detach()).clamp_(min=torch.finfo(logits.dtype).min)
+    return torch.cat([highest, (logits - highest).exp_().sum(-1, keepdim=True)], -1)
+
+
+def softmax_of_part(logits: Tensor, maximum_and_sum: Tensor) -> Tensor:
+    """Weights of some keys, `(…, Q, K)`, by `(2, …, Q)` of all of them; overwrites logits."""
+    highest, total = maximum_and_sum.unsqueeze(-1).unbind()
+    # A product computed again may round to more than the maximum, and the weight to more than 1.
+    highest = torch.maximum(highest, logits.detach())
+    # A sum is 1 at least, but for a row without any key, whose weights are 0.
+    return logits.sub_(highest).exp_() / total.clamp(min=1)
+
+
+def all_finite(values: Tensor) -> bool:
+    # The sum is one quick pass, and not finite beside inf or NaN; large numbers may overflow it.
+    values = values.detach()
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def unexpanded(mask: Tensor) -> Tensor:

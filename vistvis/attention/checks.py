@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,24 +21,30 @@ def check_pair(query: Tensor, key: Tensor) -> None:
     fits = (
         query.shape[0] == key.shape[0]
         and query.shape[3] == key.shape[3]
-        and key.shape[1] > 0
+        and query.shape[3] > 0
+        and 0 < key.shape[1] <= query.shape[1]
         and query.shape[1] % key.shape[1] == 0
     )
     if not fits:
         raise InputError(
-            "query (B, h, Nq, d) and key (B, h_k, Nk, d) share B and d, and h_k divides h; got "
-            f"{tuple(query.shape)} and {tuple(key.shape)}"
+            "query (B, h, Nq, d) and key (B, h_k, Nk, d) share B and d, and h_k divides h, with at "
+            f"least one head and a d of 1; got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     if query.device != key.device:
         raise InputError(f"query is on {query.device} and key on {key.device}; move one")
 
 
-def checked_scale(scale: Tensor, heads: int) -> Tensor:
-    if scale.numel() not in (1, heads):
-        raise InputError(
-            f"scale is one number, or one for each of the {heads} heads, got {tuple(scale.shape)}"
-        )
-    return scale.reshape(-1).expand(heads)
+def checked_scale(scale: Any, heads: int, device: torch.device) -> float | Tensor:
+    if isinstance(scale, Tensor):
+        real = scale.dtype != torch.bool and not scale.is_complex()
+        if real and scale.numel() in (1, heads):
+            return scale.reshape(-1).expand(heads).to(device)
+    elif not isinstance(scale, bool) and isinstance(scale, Real):
+        return float(scale)
+    raise InputError(
+        f"scale is one number, or a tensor of one for each of the {heads} heads, "
+        f"got {describe(scale)}"
+    )
 
 
 def checked_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:

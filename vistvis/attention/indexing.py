@@ -74,7 +74,7 @@ def plan(index: Any, shape: tuple[int, ...], device: torch.device) -> tuple[Box,
     """`take` and `rest` with `dense[index] == dense[take][rest]`, `take` dimension by dimension."""
     takes: list[Taken] = []
     rest: list[Any] = []
-    for item in _expanded(index, len(shape)):
+    for item in _expanded(index, shape):
         if item is None:
             rest.append(None)
             continue
@@ -110,16 +110,13 @@ def _is_int(item: Any) -> bool:
     return isinstance(item, SupportsIndex) and not isinstance(item, np.ndarray)
 
 
-def _expanded(index: Any, ndim: int) -> list[Any]:
-    """The index as a list: Ellipsis written out, masks of several dimensions as index tensors."""
+def _expanded(index: Any, shape: tuple[int, ...]) -> list[Any]:
+    """The index as a list: Ellipsis written out, masks as index tensors."""
     items: list[Any] = []
     for item in index if isinstance(index, tuple) else (index,):
-        if item is None or item is Ellipsis or isinstance(item, slice) or _is_int(item):
-            items.append(item)
-            continue
-        tensor = _as_tensor(item, "index")
-        items.extend(tensor.nonzero(as_tuple=True) if tensor.dtype == torch.bool else [tensor])
-    used = sum(item is not None and item is not Ellipsis for item in items)
+        plain = item is None or item is Ellipsis or isinstance(item, slice) or _is_int(item)
+        items.append(item if plain else _as_tensor(item, "index"))
+    ndim, used = len(shape), sum(map(_dimensions, items))
     ellipses = [position for position, item in enumerate(items) if item is Ellipsis]
     if used > ndim or len(ellipses) > 1:
         raise IndexOutOfRange(
@@ -128,7 +125,31 @@ def _expanded(index: Any, ndim: int) -> list[Any]:
         )
     if ellipses:
         items[ellipses[0] : ellipses[0] + 1] = [ALL] * (ndim - used)
-    return items
+    written: list[Any] = []
+    at = 0
+    for item in items:
+        start, at = at, at + _dimensions(item)
+        if not _is_mask(item):
+            written.append(item)
+            continue
+        if item.shape != shape[start:at]:
+            raise IndexOutOfRange(
+                f"a mask over {', '.join(DIMENSIONS[start:at])} has shape "
+                f"{tuple(shape[start:at])}, got {tuple(item.shape)}"
+            )
+        written.extend(item.nonzero(as_tuple=True))
+    return written
+
+
+def _is_mask(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dtype == torch.bool
+
+
+def _dimensions(item: Any) -> int:
+    """How many dimensions an item of an index takes up."""
+    if item is None or item is Ellipsis:
+        return 0
+    return item.ndim if _is_mask(item) else 1
 
 
 def _as_tensor(item: Any, name: str) -> Tensor:
@@ -160,7 +181,7 @@ def _checked(item: Any, size: int, name: str, device: torch.device) -> Taken:
     indices = _as_tensor(item, name)
     if indices.dtype == torch.bool:
         if indices.shape != (size,):
-            raise InputError(f"a {name} mask has shape ({size},), got {tuple(indices.shape)}")
+            raise IndexOutOfRange(f"a {name} mask has shape ({size},), got {tuple(indices.shape)}")
         indices = indices.nonzero().reshape(-1)
     indices = indices.long()
     wrong = indices[(indices < -size) | (indices >= size)]

@@ -6,7 +6,6 @@ takes 7.7 GB.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from vistvis.attention.checks import (
     describe,
 )
 from vistvis.attention.indexing import ALL, Box, take
-from vistvis.attention.rows import LazyRows, Selection
+from vistvis.attention.rows import DENSE_LIMIT, LazyRows, Selection
 from vistvis.attention.segments import fill_box, ranges
 from vistvis.attention.site import SiteInfo
 from vistvis.errors import InputError
@@ -64,17 +63,19 @@ class Attention(LazyRows):
     Indexing follows torch (`attention[0, 3, 500]` is one row) and returns real tensors. Any torch
     function, tensor method or `np.asarray` builds the dense matrix, under the limit of `dense`.
     `weights` is None, but for attention made by `from_weights`. `InputError` if shapes, dtypes or
-    devices do not fit together. The formula: Vaswani et al., "Attention Is All You Need", 3.2.1.
+    devices do not fit together, and from whatever computes where a product of query and key is not
+    finite. The formula: Vaswani et al., "Attention Is All You Need", 3.2.1.
 
     Pickled and deep-copied as it is; with functions of indices, which can't be, as its dense
     weights (`from_weights`), or a `DenseLimitError`.
 
     Cost, with N tokens and h heads of width d: one row is N·h·d multiply-adds, one column the same
-    once the log-sum-exp is known, which takes N²·h·d once and is kept, `(B, h, Nq)`.
+    once each row's maximum and sum are known, which take N²·h·d once and are kept, `(B, h, Nq)`
+    each.
     """
 
     weights: Tensor | None = None
-    _log_sum_exp: Tensor | None = None
+    _kept: Tensor | None = None  # what `_maximum_and_sum` gave
 
     def __init__(
         self,
@@ -92,9 +93,8 @@ class Attention(LazyRows):
         check_pair(query, key)
         shape = (*query.shape[:3], key.shape[2])
         self.query, self.key, self.causal = query, key, bool(causal)
-        self.scale: float | Tensor = query.shape[-1] ** -0.5 if scale is None else scale
-        if isinstance(self.scale, Tensor):
-            self.scale = checked_scale(self.scale, shape[1]).to(query.device)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.scale = checked_scale(scale, shape[1], query.device)
         self.mask = None if mask is None else checked_mask(mask, shape, query.device)
         self.segments = None
         if segments is not None:
@@ -189,51 +189,80 @@ class Attention(LazyRows):
         return other
 
     def columns(
-        self, keys: Selection, *, batch: Selection = None, heads: Selection = None
+        self,
+        keys: Selection,
+        *,
+        batch: Selection = None,
+        heads: Selection = None,
+        max_bytes: int = DENSE_LIMIT,
     ) -> Tensor:
-        """Weights that all queries give to chosen keys, `(B', h', Nq, K)`; keys as in `rows`.
+        """Weights that all queries give to chosen keys, `(B', h', Nq, K)`; as in `rows`.
 
-        Exact: each row's softmax runs over all keys, through its `log_sum_exp`.
+        Exact: each row's softmax runs over all keys, through its maximum and sum. Within
+        8·eps·max(1, max |logit|) of softmax in float64, and between 0 and 1.
 
-        Cost: `B'·h'·Nq·K·d` multiply-adds once the log-sum-exp is known.
+        Cost: `B'·h'·Nq·K·d` multiply-adds once the maxima and sums are known (`log_sum_exp`).
         """
         self.check_unwritten()
-        if self._log_sum_exp is not None and self._is_plain(batch, heads, keys):
+        if self._kept is not None and self._is_plain(batch, heads, keys):
             query, every_key, scale = self._head(batch, heads)
             key = every_key[self._whole(keys, 3)].to(self.dtype)
-            lse = self._log_sum_exp[batch, heads]
-            return arithmetic.column(query.to(self.dtype), key, scale, lse).view(1, 1, -1, 1)
-        return self._block(self._taken(batch, heads, None, keys))
+            column = arithmetic.one_by_many(key, query.to(self.dtype), scale).view(1, 1, -1, 1)
+            return arithmetic.softmax_of_part(self._finite(column), self._kept[:, batch, heads])
+        return self._block(self._within(max_bytes, batch, heads, None, keys))
 
     def log_sum_exp(self, *, progress: bool = False) -> Tensor:
-        """log Σ exp(logits) of every row, `(B, h, Nq)`; −inf for a row without any key. Kept.
+        """log Σ exp(logits) of every row, `(B, h, Nq)`; −inf for a row without any key.
 
-        Cost: `B·h·Nq·Nk·d` multiply-adds the first time, in chunks of a few tens of megabytes.
-        `InputError` for attention made from weights, which has no logits.
+        Cost: `B·h·Nq·Nk·d` multiply-adds the first time, in chunks of a few tens of megabytes; then
+        each row's maximum and sum are kept. `InputError` for attention made from weights, which has
+        no logits.
         """
         self.check_unwritten()
-        if self._log_sum_exp is not None:
-            return self._log_sum_exp
-        if self.segments is not None:
-            parts = ranges(self.segments, self.shape[2])
-            parts = bar(parts, "log-sum-exp", shown=progress, delay=0.5)
-            values = torch.cat([self._segment(rows).log_sum_exp() for rows in parts], 2)
-        else:
-            reduce = functools.partial(torch.logsumexp, dim=-1)
-            values = self._by_blocks(reduce, (ALL, ALL, ALL), self.shape[:3], progress)
-        if not values.requires_grad:  # a kept graph would serve one backward pass only
-            self._log_sum_exp = values
-        return values
+        maximum, total = self._maximum_and_sum(progress).unbind()
+        return maximum + total.log()
 
     def logits(
-        self, queries: Selection, *, batch: Selection = None, heads: Selection = None
+        self,
+        queries: Selection,
+        *,
+        batch: Selection = None,
+        heads: Selection = None,
+        max_bytes: int = DENSE_LIMIT,
     ) -> Tensor:
-        """What enters the softmax, `scale · q·k + mask`, `(B', h', Q, Nk)`.
+        """What enters the softmax, `scale · q·k + mask`, `(B', h', Q, Nk)`; as in `rows`.
 
         `InputError` as for `log_sum_exp`.
         """
         self.check_unwritten()
-        return self._logits(self._taken(batch, heads, queries, None))
+        return self._logits(self._within(max_bytes, batch, heads, queries, None))
+
+    def _maximum_and_sum(self, progress: bool = False) -> Tensor:
+        """Of every row, as in `arithmetic` but `(2, B, h, Nq)`; kept."""
+        if self._kept is not None:
+            return self._kept
+        if self.segments is not None:
+            parts = ranges(self.segments, self.shape[2])
+            parts = bar(parts, "log-sum-exp", shown=progress, delay=0.5)
+            values = torch.cat([self._segment(rows)._maximum_and_sum() for rows in parts], 3)
+        else:
+            shape = (*self.shape[:3], 2)
+            reduce = arithmetic.maximum_and_sum
+            values = self._by_blocks(reduce, (ALL, ALL, ALL), shape, progress)
+            values = values.movedim(-1, 0).contiguous()  # a column reads one, then the other
+        if not values.requires_grad:  # a kept graph would serve one backward pass only
+            self._kept = values
+        return values
+
+    def _finite(self, products: Tensor) -> Tensor:
+        """The products, or an `InputError`; asked of what is computed, not of all Q and K."""
+        if not arithmetic.all_finite(products):
+            raise InputError(
+                f"scale · q·k must be finite, and {self._name()} has NaN or inf among them: its "
+                "queries, keys or scale hold some (where they were captured, the model itself "
+                f"gives NaN or inf), or the products overflow {self.dtype}: use .to(torch.float64)"
+            )
+        return products
 
     def _head(self, batch: Any, head: Any) -> tuple[Tensor, Tensor, float | Tensor]:
         """Queries `(Nq, d)`, keys `(Nk, d)` and scale of one head."""
@@ -244,7 +273,8 @@ class Attention(LazyRows):
     def _one_row(self, batch: Any, head: Any, query: Any) -> Tensor:
         queries, key, scale = self._head(batch, head)
         one = queries[self._whole(query, 2)].to(self.dtype)
-        return arithmetic.row(one, key.to(self.dtype), scale)
+        logits = self._finite(arithmetic.one_by_many(one, key.to(self.dtype), scale))
+        return torch.softmax(logits, 0)
 
     def _logits(self, box: Box) -> Tensor:
         if self.segments is not None:
@@ -263,9 +293,9 @@ class Attention(LazyRows):
             masks.append(columns <= rows[:, None])
         if self.mask is not None:
             masks.append(take(self.mask.expand(self.shape), *box))
+        logits = self._finite(arithmetic.logits(query, key, scale))
         if not (self.score_mod or self.mask_mod):
-            return arithmetic.logits(query, key, scale, masks)
-        logits = arithmetic.logits(query, key, scale)
+            return arithmetic.masked(logits, masks)
         numbers = [
             take(torch.arange(n, device=self.device), chosen)
             for n, chosen in zip(self.shape, box, strict=True)
@@ -281,16 +311,16 @@ class Attention(LazyRows):
         shape, k = self._counts(box), box[3]
         masked = self.mask is not None or bool(self.score_mod or self.mask_mod)
         some = not (isinstance(k, slice) and k == ALL)
-        # The log-sum-exp of all rows is kept; that of some costs as much as their weights.
+        # The sums of all rows are kept; those of some cost as much as their weights.
         few = self._is_small(shape) or shape[:3] != self.shape[:3]
-        by_sum = some and (self._log_sum_exp is not None or not few)
+        by_sum = some and (self._kept is not None or not few)
         if self.segments is not None:
             if by_sum:
-                self.log_sum_exp()  # its segments use it
+                self._maximum_and_sum()  # its segments use it
             return self._by_segments(Attention._block, box, 0.0)
         if by_sum:
-            logits, lse = self._logits(box), take(self.log_sum_exp(), *box[:3])
-            return arithmetic.softmax_of_part(logits, lse, masked=masked)
+            sums = take(self._maximum_and_sum(), ALL, *box[:3])
+            return arithmetic.softmax_of_part(self._logits(box), sums)
 
         def weights(logits: Tensor) -> Tensor:
             return take(arithmetic.softmax(logits, masked=masked), ALL, ALL, ALL, k)
@@ -324,15 +354,16 @@ class Attention(LazyRows):
 
     def _segment(self, rows: slice) -> Attention:
         """One segment as attention of its own."""
-        mask, lse = self.mask, self._log_sum_exp
+        mask, kept = self.mask, self._kept
         one = Attention(
             query=self.query[:, :, rows],
             key=self.key[:, :, rows],
             scale=self.scale,
             mask=None if mask is None else mask.expand(self.shape)[:, :, rows, rows],
             causal=self.causal,
+            site=self.site,
         )
-        one._log_sum_exp = None if lse is None else lse[:, :, rows]
+        one._kept = None if kept is None else kept[..., rows]
         return one
 
     def _is_small(self, shape: tuple[int, ...]) -> bool:

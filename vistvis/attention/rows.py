@@ -50,7 +50,7 @@ class LazyRows(TensorLike):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: Q, K, mask and, once computed, the log-sum-exp (or the weights)."""
+        """Bytes held: Q, K, mask and, once computed, row maxima and sums (or the weights)."""
         return sum(t.numel() * t.element_size() for t in self._tensors())
 
     @property
@@ -68,7 +68,12 @@ class LazyRows(TensorLike):
                 )
 
     def rows(
-        self, queries: Selection, *, batch: Selection = None, heads: Selection = None
+        self,
+        queries: Selection,
+        *,
+        batch: Selection = None,
+        heads: Selection = None,
+        max_bytes: int = DENSE_LIMIT,
     ) -> Tensor:
         """Weights of chosen queries over all keys, `(B', h', Q, Nk)`.
 
@@ -76,13 +81,14 @@ class LazyRows(TensorLike):
         list or int tensor; negative counts from the end; None takes all. An int keeps its dimension
         here (unlike in indexing).
 
-        Cost: `B'·h'·Q·Nk·d` multiply-adds; memory of the result and its logits.
+        Cost: `B'·h'·Q·Nk·d` multiply-adds; memory of the result and its logits. `DenseLimitError`
+        if the result is larger than `max_bytes` (default 2 GiB).
         """
         self.check_unwritten()
         # One query of one head is what a click asks for.
         if self._is_plain(batch, heads, queries):
             return self._one_row(batch, heads, queries).view(1, 1, 1, -1)
-        return self._block(self._taken(batch, heads, queries, None))
+        return self._block(self._within(max_bytes, batch, heads, queries, None))
 
     def token_rows(
         self, tokens: Selection, *, batch: SupportsIndex = 0, heads: Selection = None
@@ -199,6 +205,18 @@ class LazyRows(TensorLike):
     def _taken(self, *selections: Selection) -> Box:
         dims = zip(selections, self.shape, indexing.DIMENSIONS, strict=False)
         return tuple(indexing.taken(one, size, name, self.device) for one, size, name in dims)
+
+    def _within(self, max_bytes: int, *selections: Selection) -> Box:
+        box = self._taken(*selections)
+        shape = self._counts(box)
+        size = self._bytes_of(shape)
+        if size > max_bytes:
+            raise DenseLimitError(
+                f"what is asked for, {shape}, takes {bytes_text(size)}, more than the limit of "
+                f"{bytes_text(max_bytes)}; take less at once (row_blocks() walks through rows), or "
+                "max_bytes=… if it does fit in memory"
+            )
+        return box
 
     def _counts(self, box: Box) -> tuple[int, ...]:
         return tuple(map(indexing.length, box, self.shape))
