@@ -87,15 +87,12 @@ def test_a_copy_of_a_watched_model_is_a_plain_one(model: Model, way: str) -> Non
 
 
 def test_a_copy_keeps_what_others_put_on_the_instance(model: Model) -> None:
-    own = functools.partial(nn.functional.dropout, p=0.0)
-    model.proj = nn.Identity()
-    model.proj.forward = own
-    model.forward = model.forward  # a bound method, which a copy binds to itself
+    model.forward = model.forward  # a bound method, which a deep copy binds to itself
     with capture(model):
-        model(images())
-        twin = copy.deepcopy(model)
-    assert twin.forward.__self__ is twin
-    assert model.__dict__["forward"].__self__ is model
+        deep, shallow = copy.deepcopy(model), copy.copy(model)
+    assert deep.__dict__["forward"] == deep.forward
+    assert deep.forward.__self__ is deep
+    assert shallow.__dict__["forward"] is model.__dict__["forward"]
 
 
 class Tool:
@@ -169,6 +166,15 @@ def test_a_wrapper_that_left_meanwhile_does_not_come_back(model: Model, bound: b
     model(x)
     assert tool.calls == 1
     model.attn.__dict__.pop("forward", None)
+    assert held(model) == before
+
+
+def test_nothing_waits_where_the_wrapper_is_gone_for_good(model: Model) -> None:
+    tool = Tool(model.attn)
+    before = held(model)
+    captured = capture(model)
+    model.attn.forward = tool.wrapper
+    captured.remove()
     assert held(model) == before
 
 

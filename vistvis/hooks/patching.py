@@ -57,7 +57,8 @@ class _Patch:
             else:
                 del held[self.method]
             return True
-        return there is None or (isinstance(there, MethodType) and there.__self__ is self.module)
+        bare = isinstance(there, MethodType) and there.__self__ is self.module
+        return bare or there in (None, self.original)
 
 
 class _Patches:
@@ -82,7 +83,7 @@ class _Patches:
 
 
 _LOCK = threading.RLock()
-_HELD = "__reduce_ex__"  # copy.deepcopy, pickle and torch.save ask the instance for it first
+_HELD = "__reduce_ex__"  # copy, pickle and torch.save ask the instance for it first
 
 
 def _patches(module: nn.Module) -> list[_Patch]:
