@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vistvis.attention import SiteInfo
-from vistvis.errors import CaptureError, InputError
+from vistvis.errors import CaptureError, InputError, VistvisError
 from vistvis.hooks.dye import (
     Code,
     Dye,
@@ -227,11 +227,21 @@ def trace_layout(
     return _traced(model, images, chosen, run or model, patch_size, seed, progress)
 
 
-def trace_pass(model: nn.Module, sites: SiteList, forward: Run, args: Any, kwargs: Any) -> Trace:
+def trace_pass(
+    model: nn.Module, sites: SiteList, forward: Run, args: Any, kwargs: Any
+) -> Trace | str:
     """The dye test on the pictures among the arguments of one pass, `forward(*args, **kwargs)`.
 
-    They are one tensor, or several of one shape `(B, 3, H, W)`, a view each.
+    They are one tensor, or several of one shape `(B, 3, H, W)`, a view each. A text says why
+    nothing was found: the user's forward goes on.
     """
+    try:
+        return _of_pass(model, sites, forward, args, kwargs)
+    except VistvisError as error:
+        return str(error)
+
+
+def _of_pass(model: nn.Module, sites: SiteList, forward: Run, args: Any, kwargs: Any) -> Trace:
     pictures = list(pictures_of((args, kwargs)))
     single = len(pictures) == 1
     if not pictures or (not single and len({one.shape for one in pictures}) > 1):

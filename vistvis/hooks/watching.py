@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistvis.errors import VistvisError
 from vistvis.hooks.account import Account, Outside, aside
 from vistvis.hooks.dye import shapes_of
 from vistvis.hooks.finishing import Cut, Finisher
@@ -30,7 +29,7 @@ from vistvis.hooks.multihead import (
 from vistvis.hooks.order import Orders
 from vistvis.hooks.patching import Forward, Listener, attach, detach
 from vistvis.hooks.projections import ProjectionTap
-from vistvis.hooks.readings import Keeping, KernelReader, Notes, error_text
+from vistvis.hooks.readings import Keeping, KernelReader, Notes
 from vistvis.hooks.results import Options, Pass, Results
 from vistvis.hooks.settling import SiteRun
 from vistvis.hooks.tap import CompiledTap, Event, Hidden, KernelRan, KernelTap, PassBegan
@@ -274,8 +273,6 @@ class Watch:
             try:
                 sites = SiteList(self._sites.values())
                 self._traces[shapes] = trace_pass(self._model, sites, original, args, kwargs)
-            except VistvisError as error:
-                self._traces[shapes] = error_text(error)
             finally:
                 self._state.tracing = False
         return self._traces[shapes]
