@@ -36,3 +36,10 @@ def few(names: Sequence[str], *, count: int = 5) -> str:
     """For messages: the first names, quoted, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:count])
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
+
+
+def harmless(text: object) -> str:
+    """For printing what a file says: signs that move a cursor, hide or reorder text are escaped."""
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(text)
+    )
