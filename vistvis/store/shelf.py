@@ -27,10 +27,8 @@ def is_temporary(name: str) -> bool:
 
 
 def check_free(folder: Folder) -> None:
-    """`StoreError` for a folder that can't take a run: it holds what is someone's, or is locked."""
+    """`StoreError` for a folder that is neither a run nor empty: what it holds is someone's."""
     names = folder.names()
-    if NAME in names:
-        manifest_of(folder, NAME)
     others = sorted(name for name in names if name != LOCK and not is_temporary(name))
     if NAME not in names and others:
         sites = [name for name in others if is_file_of_run(name)]
@@ -40,11 +38,6 @@ def check_free(folder: Folder) -> None:
             f"{NAME}, and holds {few(others)}{lost}. All of it was left alone; choose another "
             "folder"
         )
-    if LOCK in names and (lock := folder.lock()):
-        try:
-            lock.acquire()
-        finally:
-            lock.release()
 
 
 def check_target(
@@ -54,6 +47,12 @@ def check_target(
     folder = folder_of(path, storage_options)
     with reported(f"can't write a run in {folder.root}"):
         check_free(folder)
+        manifest_of(folder, NAME)
+        if LOCK in folder.names() and (lock := folder.lock()):
+            try:
+                lock.acquire()
+            finally:
+                lock.release()
 
 
 def manifest_of(folder: Folder, name: str) -> Manifest | None:
