@@ -167,6 +167,7 @@ def test_a_site_costs_two_files_and_no_manifest(
         for name, value in captured(40).items():
             writer.write(name, value)
     assert len(put) == 2 + 2 * 40
+    assert open_run(url or tmp_path)._manifest.leftover == ()
     assert len(looked) < 12
     if url:
         fsspec.filesystem("memory").rm("/cost", recursive=True)

@@ -170,7 +170,6 @@ class Ledger:
                 self._shelf.drop(path)
                 self._shelf.drop(record.file.file)
             raise
-        self._shelf.ours.add(path)
         self._records.append(path)
 
     def _save(self, manifest: Manifest) -> None:
@@ -210,4 +209,5 @@ class Ledger:
         self._earlier = None
         confirmed = {n: r for n, r in self._sites.items() if n in self._confirmed}
         # Records of the name before are of no run from here on.
+        self._shelf.ours.update(self._records)
         self._begin(replace(self.manifest, writer=new_writer()), confirmed)
