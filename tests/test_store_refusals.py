@@ -15,7 +15,7 @@ import vistvis
 from vistvis import Attention, RunWriter, SiteInfo, TokenLayout
 from vistvis.attention import TokenOrder
 from vistvis.errors import StoreError
-from vistvis.store.formats import write
+from vistvis.store.formats import read_attention, write
 
 LAYOUT = TokenLayout(2, (1, 3))
 SITE = SiteInfo("block.1", query_layout=LAYOUT, key_layout=LAYOUT)
@@ -51,11 +51,15 @@ REFUSED: dict[str, Callable[[], Attention]] = {
 }
 
 
+@pytest.mark.parametrize("file", [False, True], ids=["run", "file"])
 @pytest.mark.parametrize("what", HELD)
-def test_it_comes_back_the_same(tmp_path: Path, what: str) -> None:
+def test_it_comes_back_the_same(tmp_path: Path, what: str, file: bool) -> None:
     given = HELD[what]()
-    vistvis.save_run({"plain": made(), "block.1": given}, tmp_path / "run")
-    stored = vistvis.open_run(tmp_path / "run")["block.1"]
+    if file:
+        stored = read_attention(write(given, tmp_path / "block.safetensors"))
+    else:
+        vistvis.save_run({"plain": made(), "block.1": given}, tmp_path / "run")
+        stored = vistvis.open_run(tmp_path / "run")["block.1"]
     assert stored.site == given.site
     assert stored.site is not None
     assert given.site is not None
