@@ -133,7 +133,7 @@ class Lines:
 def chosen_lines(
     folder: Path, prepare: Callable[[Path], None], work: Callable[[Path], None]
 ) -> list[int]:
-    """Which executed lines are tried: of each place in the code the first, second and last time."""
+    """Which executed lines are tried: of each place in the code the first and last time."""
     prepare(folder)
     lines = Lines()
     with lines.on():
@@ -142,7 +142,7 @@ def chosen_lines(
     times: dict[tuple[str, int], list[int]] = {}
     for number, place in enumerate(lines.seen, 1):
         times.setdefault(place, []).append(number)
-    return sorted({number for of in times.values() for number in (*of[:2], of[-1])})
+    return sorted({number for of in times.values() for number in (of[0], of[-1])})
 
 
 def interrupted(
@@ -153,13 +153,18 @@ def interrupted(
 ) -> None:
     prepare(folder)
     threads = set(threading.enumerate())
+    lines = Lines(number)
     try:
-        with Lines(number).on():
+        with lines.on():
             work(folder)
     except (KeyboardInterrupt, StoreError):
         pass  # where it ends an orderly close, that says what is not there
     # No collection of garbage in between: a lock must not depend on it.
-    after(folder, whole_before=prepare is whole)
+    try:
+        after(folder, whole_before=prepare is whole)
+    except (AssertionError, StoreError) as error:
+        file, line = lines.seen[-1]
+        raise AssertionError(f"at {Path(file).name}:{line}: {error}") from error
     end = time.perf_counter() + 1
     while left := set(threading.enumerate()) - threads:
         assert time.perf_counter() < end, f"left running: {left}"
