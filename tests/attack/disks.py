@@ -70,7 +70,7 @@ def prepared(folder: Path, before: str) -> None:
     if before == "whole":
         write(folder, 1)
     elif before == "part":
-        with contextlib.suppress(StoreError), failing(errno.ENOSPC, at=12, lasting=True):
+        with contextlib.suppress(OSError), failing(errno.ENOSPC, at=12, lasting=True):
             write(folder, 2)
 
 
