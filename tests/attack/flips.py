@@ -31,7 +31,7 @@ def flips(setting: Setting) -> Iterator[Case]:
     writer.close()
     shutil.rmtree(unfinished)
     yield from of_file(setting, whole, whole / "manifest.json")
-    for path in sorted(copied.rglob("*.json")):
+    for path in (copied / "manifest.json", next((copied / "sites").glob("*.json"))):
         yield from of_file(setting, copied, path, bits=(1, 64))
     site = next((whole / "sites").glob("site_1*.safetensors"))
     yield from of_file(setting, whole, site, bits=(1, 128), inserted=b"\0", at_most=2000)
@@ -52,7 +52,11 @@ def of_file(
     places = range(min(len(sound), at_most))
     changes: list[tuple[str, int, int]] = [("flip", place, bit) for place in places for bit in bits]
     changes += [("cut", place, 0) for place in places]
-    changes += [("insert", place, byte) for place in places for byte in inserted[place % 4 :: 4]]
+    changes += [
+        ("insert", place, byte)
+        for place in places
+        for byte in inserted[place % len(inserted) :: len(inserted)]
+    ]
     make = {
         "flip": lambda p, bit: sound[:p] + bytes([sound[p] ^ bit]) + sound[p + 1 :],
         "cut": lambda p, _: sound[:p],
