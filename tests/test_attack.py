@@ -19,9 +19,10 @@ from attack import commands, disks, exact, flips, forged, interrupts, kills, wri
 from attack.case import Attack, Case, Outcome, Setting, carry_out
 from attack.runs import contents, sound
 
-from vistvis import Attention, RunWriter, cli, save_run
+from vistvis import Attention, cli, save_run
 from vistvis.attention import arithmetic
 from vistvis.store import folders
+from vistvis.store.background import Background
 
 
 def some(attack: Attack, folder: Path, share: float, count: int = 1000) -> Outcome:
@@ -158,8 +159,8 @@ def one_name(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_lock(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A writer whose constructor is interrupted lets nothing go."""
-    patch.setattr(RunWriter, "_release", lambda self: None)
+    """A writer that is interrupted lets nothing go."""
+    patch.setattr(Background, "end", lambda self: None)
     yield
 
 

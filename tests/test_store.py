@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -442,16 +443,15 @@ def test_an_interrupt_while_waiting_for_the_disk(
     writer = RunWriter(tmp_path / "run", expected=given, queue_size=2)
     for name, value in given.items():
         writer.write(name, value)
-    until(lambda: writer._queue.full())
-    real = writer._queue.put
+    until(lambda: writer._background._tasks.qsize() == 2)  # the first is at the disk
 
-    def interrupted(item: Any, **how: Any) -> None:
-        if not gate.open.is_set():
-            gate.open.set()
-            raise KeyboardInterrupt
-        real(item, **how)
+    def interrupt() -> None:
+        until(lambda: writer._background.closed)
+        os.kill(os.getpid(), signal.SIGINT)
+        until(lambda: writer._background.abandoned)
+        gate.open.set()
 
-    monkeypatch.setattr(writer._queue, "put", interrupted)
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         writer.close()
     run = open_run(tmp_path / "run")
@@ -498,7 +498,7 @@ def test_errors_surface_at_the_next_write_and_at_close(
     writer = RunWriter(tmp_path / "run", expected=given)
     for name in ("global_block_0", "global_block_1"):
         writer.write(name, given[name])
-    until(lambda: writer._error is not None)
+    until(lambda: writer._background.error is not None)
     with pytest.raises(StoreError, match=r"global_block_1.*No space left"):
         writer.write("global_block_2", given["global_block_2"])
     with pytest.raises(StoreError, match=r"global_block_1.*No space left"):

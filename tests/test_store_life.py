@@ -1,4 +1,4 @@
-"""Locks, forks and interrupts of writers; what is printed, said and removed."""
+"""Locks and forks of writers; what is printed, said and removed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import fsspec
@@ -41,51 +39,6 @@ def captured(count: int = 3, *, seed: int = 0) -> dict[str, Attention]:
 
 
 # -- locks ----------------------------------------------------------------------------------------
-
-
-def interrupted_at(step: int, call: Callable[[], object]) -> bool:
-    """Raise KeyboardInterrupt at the `step`-th line of the store that `call` executes."""
-    count, folder = 0, str(ROOT / "vistvis/store")
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(folder):
-            return None
-        if event == "line":
-            count += 1
-            if count == step:
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return False
-
-
-def test_an_interrupt_on_any_line_of_the_constructor_leaves_no_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    step, interrupted, given = 0, True, list[RunWriter]()
-    images = torch.zeros(1, 3, 4, 4)
-    while interrupted:
-        step += 5  # some of all lines: the attack suite has the time for each
-        path = tmp_path / str(step)
-        interrupted = interrupted_at(
-            step, lambda path=path: given.append(RunWriter(path, images=images))
-        )
-        if not interrupted:
-            given[0].close()
-        lock = LocalFolder(path).lock()
-        lock.acquire()
-        lock.release()
-    assert step > 150
-    save_run(captured(), path).check()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

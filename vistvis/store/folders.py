@@ -165,10 +165,9 @@ class Lock:
     def release(self) -> None:
         """Let go, if it is held."""
         if self._file is not None:
-            with contextlib.suppress(OSError):
-                _unlock(
-                    self._file
-                )  # a forked child may hold the file too, so closing is not enough
+            # A forked child may hold the file too, so closing is not enough. A closed one has none.
+            with contextlib.suppress(OSError, ValueError):
+                _unlock(self._file)
             self._file.close()
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import queue
-import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +17,7 @@ from vistvis.errors import InputError, StoreError
 from vistvis.files import checked_name, version
 from vistvis.names import few
 from vistvis.progress import progress as bar
+from vistvis.store.background import Background
 from vistvis.store.codec import check_storable
 from vistvis.store.folders import folder_of, reported
 from vistvis.store.ledger import Ledger, new_writer
@@ -111,31 +110,22 @@ class RunWriter:
             images=images, points=points, confidence=confidence, cameras=cameras, layout=layout
         )
         self._folder = folder_of(path, storage_options)
-        self._process = os.getpid()
         self._given: set[str] = set()
-        self._error: BaseException | None = None  # of the background
         self._refused: Exception | None = None  # of this side, kept for `close`
-        self._abandoned = False
-        self._closed = False
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(queue_size)
-        self._thread = threading.Thread(target=self._work, name="vistvis writer", daemon=True)
-        self._lock = self._folder.lock()
+        lock = self._folder.lock()
+        self._background = Background(queue_size, lock)
+        self._finalizer = weakref.finalize(self, self._background.end)
         try:
             with reported(f"can't write a run in {self._folder.root}"):
                 check_free(self._folder)  # first: the lock is a file too
-                if self._lock:
-                    self._lock.acquire()
+                if lock:
+                    lock.acquire()
                 encoded = {name: Encoded({name: tensor}) for name, tensor in scene.items()}
                 self._ledger = Ledger(self._folder, manifest, encoded, resume=resume)
-            self._thread.start()
-        except BaseException:
-            self._release()
-            self._queue.put(None)  # ends the thread, if it runs
+            self._background.start()
+        except BaseException:  # whoever keeps it has this writer too, in its traceback
+            self._background.end()
             raise
-
-    def _release(self) -> None:
-        if self._lock:
-            self._lock.release()
 
     # -- the caller's side -----------------------------------------------------------------------
 
@@ -163,7 +153,7 @@ class RunWriter:
                 "forward pass, so give each pass a run of its own"
             )
         check_storable(attention)
-        self._put(functools.partial(self._add, name, attention, _event_of(attention)))
+        self._put(functools.partial(_add, self._ledger, name, attention, _event_of(attention)))
         self._given.add(name)
 
     def __call__(self, name: str, attention: Attention) -> None:
@@ -200,65 +190,41 @@ class RunWriter:
         self._close(orderly=error is None)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "open"
+        state = "closed" if self._background.closed else "open"
         done, all_of_them = len(self._ledger.manifest.sites), len(self._ledger.manifest.names)
         return f"RunWriter({self._folder.root!r}, {state}, {done} of {all_of_them} sites stored)"
 
     def _check_process(self) -> None:
         """A forked child has neither the thread nor the lock: what it writes would be lost."""
-        if os.getpid() != self._process:
+        if os.getpid() != self._background.process:
             raise StoreError(
-                f"the writer of {self._folder.root} belongs to process {self._process}, and this "
-                f"is {os.getpid()}, forked from it; write where the writer was opened"
+                f"the writer of {self._folder.root} belongs to process "
+                f"{self._background.process}, and this is {os.getpid()}, forked from it; write "
+                "where the writer was opened"
             )
 
     def _put(self, task: Callable[[], None]) -> None:
         self._check_process()
-        if self._closed:
+        if not self._background.closed and (error := self._background.error):
+            raise error
+        if not self._background.put(task):
             raise StoreError(f"the run in {self._folder.root} is closed; open another RunWriter")
-        if self._error is not None:
-            raise self._error
-        self._queue.put(task)
 
     def _close(self, *, orderly: bool) -> None:
-        if orderly:
-            self._check_process()
-        if self._closed or os.getpid() != self._process:
-            return
         try:
-            self._closed = True
-            try:
-                self._queue.put(None)
-                self._thread.join()
-            except BaseException:  # Ctrl-C while waiting: no more than the site at hand
-                self._abandoned = True
-                while self._thread.is_alive():
-                    with contextlib.suppress(queue.Full):
-                        self._queue.put(None, timeout=0.1)
-                    self._thread.join(0.1)
-                raise
+            if orderly:
+                self._check_process()
+            if self._background.abandoned or os.getpid() != self._background.process:
+                return
+            self._background.join()  # Ctrl-C while waiting: no more than the site at hand
             if not orderly:
                 return
-            if error := self._error or self._refused:
+            if error := self._background.error or self._refused:
                 raise error
             self._ledger.finish()
         finally:
-            self._release()
-
-    # -- the background ---------------------------------------------------------------------------
-
-    def _work(self) -> None:
-        while (task := self._queue.get()) is not None:
-            try:
-                if self._error is None and not self._abandoned:
-                    task()
-            except BaseException as error:
-                self._error = error
-            # The last reference must not outlive the work: it may hold memory of the device.
-            del task
-
-    def _add(self, name: str, attention: Attention, event: Any) -> None:
-        self._ledger.add(name, _on_host(attention, event), attention.check_unwritten)
+            self._background.end()
+            self._finalizer.detach()  # it holds the error, and by its traceback this writer
 
 
 def save_run(
@@ -308,6 +274,11 @@ def save_run(
         for name in bar(names, "storing", shown=progress, unit="site"):
             writer.write(name, captured[name])
     return open_run(path, storage_options=storage_options)
+
+
+def _add(ledger: Ledger, name: str, attention: Attention, event: Any) -> None:
+    """A task of the background, which knows nothing of the writer."""
+    ledger.add(name, _on_host(attention, event), attention.check_unwritten)
 
 
 def _event_of(attention: Attention) -> Any:
