@@ -61,7 +61,7 @@ def test_every_flip_of_every_byte_of_a_manifest_is_noticed(run: Path) -> None:
             Manifest.from_json(more, "here")
 
 
-def test_a_flip_in_a_record_leaves_its_site_out(tmp_path: Path) -> None:
+def test_a_flip_in_a_record_is_noticed(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path, expected=captured())
     writer.write("block_0", captured()["block_0"])
     writer.__exit__(ValueError, ValueError(), None)
@@ -72,8 +72,10 @@ def test_a_flip_in_a_record_leaves_its_site_out(tmp_path: Path) -> None:
         flipped = bytearray(text)
         flipped[place] ^= 1 << place % 8
         record.write_bytes(flipped)
-        assert read_manifest(LocalFolder(tmp_path)).sites == {}
-    assert open_run(tmp_path).missing == ("block_0", "block_1")
+        found = read_manifest(LocalFolder(tmp_path))
+        assert (found.sites, list(found.damaged_sites)) == ({}, ["block_0"])
+    with pytest.raises(StoreError, match=record.name):
+        open_run(tmp_path)
     save_run(captured(), tmp_path).check()
 
 

@@ -24,8 +24,8 @@ def clean_run(
     That are files with the token of a writer in their name to which neither the run nor one that is
     to replace it points, and temporary files; each only where it was written more than `older_than`
     hours ago, and not where its age is unknown. Behind a URL let no writer be at work that began
-    before that. InputError for a negative age. StoreError if there is no run, its manifest can't be
-    read (what it points to is not known then), or someone is writing it.
+    before that. InputError for a negative age. StoreError if there is no run, its manifest or a
+    record can't be read (what they point to is not known then), or someone is writing it.
     """
     if not older_than >= 0:
         raise InputError(f"older_than is a number of hours, 0 or more, got {older_than}")
@@ -40,6 +40,11 @@ def clean_run(
             manifests = [
                 manifest for n in (NAME, NEXT, OLD) if (manifest := manifest_of(folder, n))
             ]
+            for problem in (p for m in manifests for p in m.damaged_records.values()):
+                raise StoreError(
+                    f"{problem}. Which file it points to is not known, so nothing was removed; "
+                    "store the run again first"
+                )
             used = {record.file for manifest in manifests for record in manifest.files}
             tokens = {manifest.token for manifest in manifests if not manifest.closed}
             for name, size in folder.sizes().items():

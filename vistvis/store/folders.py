@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import re
-import stat
 import sys
 import time
 import zlib
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from vistvis.errors import StoreError
-from vistvis.files import atomic_file, inside
+from vistvis.files import atomic_file, inside, regular_file
 
 LOCK = ".lock"
 SITES = "sites"
@@ -79,8 +78,13 @@ class Folder(Protocol):
     def where(self, name: str) -> str:
         return f"{self.root}/{name}"
 
-    def read(self, name: str) -> bytes:
-        """FileNotFoundError where there is none."""
+    def read(self, name: str, most: int) -> bytes:
+        """FileNotFoundError where there is none; StoreError for one of more than `most` bytes."""
+
+    def _larger(self, name: str, most: int) -> StoreError:
+        return StoreError(
+            f"{self.where(name)} is damaged: it has more than the {most:,} bytes that it may have"
+        )
 
     def write(self, name: str, pieces: Iterable[Any]) -> tuple[int, int]:
         """Put a file in place whole or not at all; returns its size and CRC-32."""
@@ -145,6 +149,8 @@ class Lock:
     def acquire(self) -> None:
         """Take it, or StoreError at once."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists() and not self._path.is_file():  # to open a pipe would wait
+            raise StoreError(f"{self._path} is no regular file; move it away")
         # Held by this file object: an interrupt on any line leaves it to `release`.
         self._file = file = open(inside(self._path.parent, self._path.name), "ab")  # noqa: SIM115
         try:
@@ -204,11 +210,13 @@ class LocalFolder(Folder):
         """The path of a file; a symbolic link that leads out of the folder is refused."""
         return inside(self.folder, *name.split("/"))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int) -> bytes:
         path = self.local(name)
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would make us wait, a device never end
-            raise StoreError(f"{path} is no regular file; move it away")
-        return path.read_bytes()
+        path.stat()  # a FileNotFoundError, where it is not there
+        with regular_file(path) as file:
+            if os.fstat(file.fileno()).st_size > most:
+                raise self._larger(name, most)
+            return file.read()
 
     def write(self, name: str, pieces: Iterable[Any]) -> tuple[int, int]:
         path = self.local(name)
@@ -262,9 +270,12 @@ class RemoteFolder(Folder):
     def __init__(self, system: Any, root: str, url: str) -> None:
         self.system, self.base, self.root = system, root.rstrip("/"), url.rstrip("/")
 
-    @_as_os_error()
-    def read(self, name: str) -> bytes:
-        return bytes(self.system.cat_file(f"{self.base}/{name}"))
+    def read(self, name: str, most: int) -> bytes:
+        with _as_os_error():
+            data = bytes(self.system.cat_file(f"{self.base}/{name}", end=most + 1))
+        if len(data) > most:
+            raise self._larger(name, most)
+        return data
 
     @_as_os_error()
     def write(self, name: str, pieces: Iterable[Any]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from vistvis.errors import StoreError
 from vistvis.names import few
 from vistvis.store.codec import tensors_of
 from vistvis.store.folders import SITES, Folder, reported
-from vistvis.store.manifest import NAME, NEXT, OLD, Manifest, longest_layout, record_text
+from vistvis.store.manifest import MOST, NAME, NEXT, OLD, Manifest, longest_layout, record_text
 from vistvis.store.records import SiteRecord, token_of
 from vistvis.store.shelf import Shelf, manifest_of
 from vistvis.store.tensors import Encoded
@@ -58,7 +58,7 @@ class Ledger:
         if following and current and following.writer == current.writer:
             following = None  # a writer killed after its last step but one
         self._shelf = Shelf(folder, (current, following, old))
-        if current is not None and not current.complete and not current.sites:
+        if current and not (current.complete or current.sites or current.damaged_records):
             current = None  # an announcement alone is not worth keeping beside the new run
         # `_replaced` is what the run on disk held; None once that is this writer's own.
         if current is None or goes_on(current):
@@ -77,7 +77,8 @@ class Ledger:
         self._begin(manifest, sites)
         gone = [OLD]
         if self._replaced is None:  # the new manifest says what these did
-            gone += [NEXT, *(name for name in self._shelf.ours if name.endswith(".json"))]
+            said = (name for name in self._shelf.ours if name.endswith(".json"))
+            gone += [NEXT, *(name for name in said if name not in self._shelf.damaged_records)]
         self._shelf.remove(gone)
         files = {
             name: self._shelf.put(name, one, self.manifest.token, reuse=resume, check=_nothing)
@@ -191,7 +192,7 @@ class Ledger:
             return
         where = self._folder.where(name)
         try:
-            writer = Manifest.from_json(self._folder.read(name), where).writer
+            writer = Manifest.from_json(self._folder.read(name, MOST), where).writer
         except FileNotFoundError:
             writer = ""
         if writer != ours.writer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +19,7 @@ from vistvis.store.records import (
     is_file_of_run,
     layout_from,
     sealed,
+    stem,
     token_of,
     unsealed,
 )
@@ -33,6 +33,10 @@ NAME = "manifest.json"
 NEXT = "manifest.next.json"
 # Under which writers of schema 1 kept what they replaced, until its files were removed.
 OLD = "manifest.old.json"
+
+# More than any run says of itself: a manifest or record that is larger is none.
+MOST = 2**30
+_MOST_RECORD = 2**24
 
 _KEYS = ("format", "made_by", "writer", "model", "layout", "metadata", "closed", "expected")
 _KEYS_OF = {
@@ -51,7 +55,8 @@ class Manifest:
 
     A run that is not `closed` has no orderly end: it may lack sites that nobody announced. What its
     writer finished since is in records beside the sites. `leftover` are files that earlier writers
-    of this folder made and this run does not need.
+    of this folder made and this run does not need; `damaged_records` what is wrong with records
+    beside the sites, by their names.
     """
 
     writer: str
@@ -65,6 +70,7 @@ class Manifest:
     sites: Mapping[str, SiteRecord] = field(default_factory=dict)
     leftover: tuple[str, ...] = ()
     made_by: str = ""
+    damaged_records: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def token(self) -> str:
@@ -89,11 +95,18 @@ class Manifest:
     def files(self) -> list[FileRecord]:
         return [*(record.file for record in self.sites.values()), *self.scene.values()]
 
+    @property
+    def damaged_sites(self) -> dict[str, str]:
+        """`damaged_records` by the site that is missing for it, where one is expected."""
+        files = {f"{stem(f'{SITES}/{name}')}-{self.token}.json": name for name in self.missing}
+        return {files.get(file, file): text for file, text in self.damaged_records.items()}
+
     def damage(self, folder: Folder) -> dict[str, str]:
         """What is wrong with the sizes and headers of files, by their names in the folder."""
         sizes = folder.sizes()
         problems = ((record.file, record.damage(folder, sizes)) for record in self.files)
-        return {file: problem for file, problem in problems if problem}
+        found = {file: problem for file, problem in problems if problem}
+        return {**self.damaged_records, **found}
 
     def without(self, files: Container[str]) -> Manifest:
         """The manifest of what is left when some files are gone."""
@@ -200,28 +213,38 @@ def _record_from(text: bytes, where: str, writer: str) -> tuple[int, str, SiteRe
     check_keys(data, "a record", ("format", "schema", "writer", "number", "name", "site"))
     said = (data["format"], data["schema"], data["writer"], has_checksum)
     if said != (RECORD_FORMAT, SCHEMA, writer, True) or not isinstance(data["name"], str):
-        raise ValueError(f"{where} is no record of this writer")
+        raise ValueError("it is no record of this writer")
     return int(data["number"]), data["name"], SiteRecord.from_dict(data["site"])
 
 
 def read_manifest(folder: Folder, name: str = NAME) -> Manifest:
     """A manifest with the sites that its writer finished since; FileNotFoundError without one.
 
-    StoreError as `Manifest.from_json`. A record that is damaged is none: its site is not finished.
+    StoreError as `Manifest.from_json`. A record that is damaged is in `damaged_records`.
     """
-    text = folder.read(name)
+    text = folder.read(name, MOST)
     while True:
         manifest = Manifest.from_json(text, folder.where(name))
         if manifest.closed or not token_of(f"{SITES}/a-{manifest.token}.json"):
             return manifest
-        end, records = f"-{manifest.token}.json", []
+        end, records, damaged = f"-{manifest.token}.json", [], dict[str, str]()
         for file in folder.names():
             if file.endswith(end) and RECORD_FILE.fullmatch(file):
-                with contextlib.suppress(StoreError, FileNotFoundError, *MALFORMED):
-                    where = folder.where(file)
-                    records.append(_record_from(folder.read(file), where, manifest.writer))
+                where = folder.where(file)
+                try:
+                    record = folder.read(file, _MOST_RECORD)
+                    records.append(_record_from(record, where, manifest.writer))
+                except FileNotFoundError:  # the manifest has taken it up
+                    pass
+                except StoreError as error:
+                    damaged[file] = str(error)
+                except OSError as error:
+                    damaged[file] = f"{where} can't be read: {error.strerror or error}"
+                except MALFORMED as error:
+                    damaged[file] = f"{where} is damaged: {error}"
         sites = {site: record for _, site, record in sorted(records, key=lambda one: one[0])}
         # Records go when the manifest has taken them up: then it says more than it did.
-        if (again := folder.read(name)) == text:
-            return replace(manifest, sites={**manifest.sites, **sites})
+        if (again := folder.read(name, MOST)) == text:
+            sites = {**manifest.sites, **sites}
+            return replace(manifest, sites=sites, damaged_records=damaged)
         text = again

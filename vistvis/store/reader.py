@@ -131,7 +131,8 @@ class Run(Mapping[str, Attention]):
     def damaged(self) -> Mapping[str, str]:
         """What is wrong with damaged sites, by name; only with `strict=False`."""
         files = {name: record.file.file for name, record in self._manifest.sites.items()}
-        return {name: self._damage[file] for name, file in files.items() if file in self._damage}
+        found = {name: self._damage[file] for name, file in files.items() if file in self._damage}
+        return {**self._manifest.damaged_sites, **found}
 
     @property
     def damaged_files(self) -> Mapping[str, str]:
@@ -256,6 +257,9 @@ class Run(Mapping[str, Attention]):
         and no longer among the sites. Cost: reads the whole run once.
         """
         damage = dict(self._damage)
+        if strict:
+            for problem in self._manifest.damaged_records.values():
+                raise StoreError(problem)
         for record in bar(self._manifest.files, "checking", shown=progress, unit="file"):
             try:
                 self._loaded(record.file, record.load)

@@ -17,7 +17,15 @@ from vistvis.errors import InputError, LayoutError, StoreError
 from vistvis.names import few
 from vistvis.store.codec import HOLDINGS, attention_of
 from vistvis.store.folders import SITES, Folder
-from vistvis.store.tensors import DTYPES, Encoded, TensorRecord, check_header, checksum, tensors_in
+from vistvis.store.tensors import (
+    DTYPES,
+    Encoded,
+    TensorRecord,
+    check_header,
+    checksum,
+    size_of,
+    tensors_in,
+)
 from vistvis.tokens import TokenLayout
 
 # What a run holds of its scene, each in a file of its own.
@@ -42,6 +50,14 @@ def token_of(name: str) -> str | None:
     """The token of the writer that made a file of a run, where its name has one."""
     match = _TOKEN.search(name)
     return match[1] if match and match.end() == len(name) and is_file_of_run(name) else None
+
+
+def stem(name: str) -> str:
+    """`name` (perhaps `sites/NAME`) in the signs that a file of a run may have."""
+    prefix, slash, last = name.rpartition("/")
+    plain = re.sub(r"[^A-Za-z0-9._+-]", "_", last)[:150]
+    plain = plain if re.match(r"[A-Za-z0-9_]", plain) else f"_{plain}"
+    return f"{prefix}{slash}{plain}"
 
 
 # -- JSON with a checksum -------------------------------------------------------------------------
@@ -139,12 +155,14 @@ class FileRecord:
     def damage(self, folder: Folder, sizes: Mapping[str, int]) -> str | None:
         """What is wrong with the file's size or header, or None; `sizes` are the folder's."""
         where, size = folder.where(self.file), sizes.get(self.file)
-        if size is None:
-            return f"{where} is not there"
-        if size != self.nbytes:
-            return f"{where} is damaged: it has {size:,} bytes, and should have {self.nbytes:,}"
         try:
-            if path := folder.local(self.file):
+            path = folder.local(self.file)
+            if size is None:
+                there = path is not None and path.exists()
+                return f"{where} is {'no regular file' if there else 'not there'}"
+            if problem := self._size_damage(where, size):
+                return problem
+            if path:
                 check_header(path, self.tensors, where)
         except StoreError as error:
             return str(error)
@@ -154,14 +172,21 @@ class FileRecord:
 
     def load(self, folder: Folder) -> dict[str, Tensor]:
         """The tensors, mapped where they can be, after a pass over the file for its checksum."""
-        where, source = folder.where(self.file), folder.local(self.file) or folder.read(self.file)
-        size, crc = checksum(source)
-        if (size, crc) != (self.nbytes, self.crc32):
+        where = folder.where(self.file)
+        source = folder.local(self.file) or folder.read(self.file, self.nbytes)
+        if problem := self._size_damage(where, size_of(source)):
+            raise StoreError(problem)
+        if (crc := checksum(source)) != self.crc32:
             raise StoreError(
-                f"{where} is damaged: its {size:,} bytes have the checksum {crc:08x}, and should "
-                f"be {self.nbytes:,} with {self.crc32:08x}"
+                f"{where} is damaged: it has the checksum {crc:08x}, and should have "
+                f"{self.crc32:08x}"
             )
         return tensors_in(source, self.tensors, where)
+
+    def _size_damage(self, where: str, size: int) -> str | None:
+        if size == self.nbytes:
+            return None
+        return f"{where} is damaged: it has {size:,} bytes, and should have {self.nbytes:,}"
 
 
 @dataclass(frozen=True)

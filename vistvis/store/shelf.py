@@ -13,8 +13,8 @@ from vistvis.files import TEMPORARY
 from vistvis.names import few
 from vistvis.store.folders import LOCK, SITES, Folder, folder_of, reported
 from vistvis.store.manifest import NAME, NEXT, OLD, Manifest, NewerSchemaError, read_manifest
-from vistvis.store.records import FileRecord, is_file_of_run, token_of
-from vistvis.store.tensors import Encoded, checksum
+from vistvis.store.records import FileRecord, is_file_of_run, stem, token_of
+from vistvis.store.tensors import Encoded, checksum, size_of
 
 # What `atomic_file` calls a file of a run that it has not finished.
 _TEMPORARY = re.compile(rf"({SITES}/)?\.(.+?)(\.[0-9a-f]{{8}})?{re.escape(TEMPORARY)}")
@@ -91,6 +91,8 @@ class Shelf:
             for name in self._sizes
             if name in named or name in leftover or token_of(name) in tokens
         }
+        # Kept until the new run is whole: what they said may be found out by hand.
+        self.damaged_records = {name for manifest in there for name in manifest.damaged_records}
         self._records = named
         self._by_stem: dict[str, list[str]] = {}
         for name in self._sizes:
@@ -135,7 +137,7 @@ class Shelf:
 
     def free(self, name: str, token: str, ending: str) -> str:
         """A file name for `name` that this writer has not used."""
-        base, number = _stem(name), 1
+        base, number = stem(name), 1
         file = f"{base}-{token}.{ending}"
         while file.casefold() in self._taken:  # for some systems A is a
             number += 1
@@ -153,28 +155,20 @@ class Shelf:
         if self._sizes.get(record.file) != encoded.nbytes or not record.is_of(encoded):
             return False
         try:
-            source = self.folder.local(record.file) or self.folder.read(record.file)
-            return checksum(source) == (record.nbytes, record.crc32)
+            source = self.folder.local(record.file) or self.folder.read(record.file, record.nbytes)
+            return size_of(source) == record.nbytes and checksum(source) == record.crc32
         except OSError:  # then it is written anew
             return False
 
     def _same(self, name: str, encoded: Encoded) -> FileRecord | None:
         """A file of just this content that an earlier writer made for the same name."""
-        for file in self._by_stem.get(_stem_of(f"{_stem(name)}.safetensors"), ()):
+        for file in self._by_stem.get(_stem_of(f"{stem(name)}.safetensors"), ()):
             if self._sizes[file] == encoded.nbytes:
                 record = FileRecord(file, encoded.nbytes, encoded.crc32(), encoded.records)
                 known = self._records.get(file, record)
                 if known.crc32 == record.crc32 and self.holds(encoded, record):
                     return record
         return None
-
-
-def _stem(name: str) -> str:
-    """`name` (perhaps `sites/NAME`) in the signs that a file of a run may have."""
-    prefix, slash, last = name.rpartition("/")
-    plain = re.sub(r"[^A-Za-z0-9._+-]", "_", last)[:150]
-    plain = plain if re.match(r"[A-Za-z0-9_]", plain) else f"_{plain}"
-    return f"{prefix}{slash}{plain}"
 
 
 def _stem_of(file: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from vistvis.errors import StoreError
+from vistvis.files import regular_file
 
 # What safetensors can hold, by its code.
 DTYPES: dict[str, torch.dtype] = {
@@ -124,17 +126,25 @@ def _records(tensors: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
 # -- reading -------------------------------------------------------------------------------------
 
 
-def checksum(source: Path | bytes) -> tuple[int, int]:
-    """Size and checksum of a file or its bytes. Cost: one pass, of a file 4 MB at a time."""
+def size_of(source: Path | bytes) -> int:
+    """Of a file or its bytes; StoreError for what is no regular file."""
     if isinstance(source, bytes):
-        return len(source), zlib.crc32(source)
-    crc = size = 0
+        return len(source)
+    source.stat()  # a FileNotFoundError, where it is not there
+    with regular_file(source) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def checksum(source: Path | bytes) -> int:
+    """Of a regular file or its bytes. Cost: one pass, of a file 4 MB at a time."""
+    if isinstance(source, bytes):
+        return zlib.crc32(source)
+    crc = 0
     with open(source, "rb", buffering=0) as file:
         buffer = memoryview(bytearray(_PIECE_BYTES))
         while count := file.readinto(buffer):
             crc = zlib.crc32(buffer[:count], crc)
-            size += count
-    return size, crc
+    return crc
 
 
 def check_header(path: Path, records: Mapping[str, TensorRecord], where: str) -> None:
