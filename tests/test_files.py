@@ -291,8 +291,8 @@ def test_names_that_lead_elsewhere_are_refused(name: Any) -> None:
         "a\u2028b",
         "\ud800",
         "a\udc80",
-    ]
-    + ["CON", "nul", "Aux.tar.gz", "com1.pt", "LPT9 .x", "a:b", "a:", "a.", "a "],
+        *("CON", "nul", "Aux.tar.gz", "com1.pt", "LPT9 .x", "a:b", "a:", "a.", "a "),
+    ],
 )
 def test_names_that_mislead_or_are_none_on_another_system_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="every system") as caught:
