@@ -53,6 +53,9 @@ def visTvis_store(
     keys in `.safetensors`, and becomes the dense matrix elsewhere, under the limit of `dense`. For
     None nothing is stored, with a warning.
 
+    A later reading sees damage in the header of a file and one cut short; flipped bits in values it
+    sees in `.npz` alone, which has checksums. A run (`save_run`) has them of all it holds.
+
     Raises
     ------
     InputError

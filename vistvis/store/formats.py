@@ -9,9 +9,10 @@ A file's ending says its format:
 
 Mapped means that opening costs nothing and only the rows that are asked for come from the disk.
 
-Read is checked this far: what the header says of a file is in it, and no more; the values of `.npz`
-against their checksums. Those of mapped files are not: a flipped bit in a weight is not seen (a
-checksum would cost the reading of all of it). Runs have a checksum of every file.
+What is checked when a file is read: that its header can be, and that the file has the bytes that
+the header speaks of; in `.npz` the values too, against a checksum. Values of mapped files are not:
+a flipped bit in a weight is not seen, since a checksum would cost the reading of all of them. Runs
+have one of every file (`vistvis info --check`).
 """
 
 from __future__ import annotations
@@ -227,8 +228,8 @@ def read_attention(path: PathLike, *, max_bytes: int = DENSE_LIMIT) -> Attention
     if it holds no attention.
     """
     contents = read(path, max_bytes=max_bytes)
-    has_both = {"query", "key"} <= set(contents.tensors)
-    tensors = contents.tensors if has_both else {"weights": contents.one()}
+    ours = contents.about.get("content") == _CONTENT or {"query", "key"} <= set(contents.tensors)
+    tensors = contents.tensors if ours else {"weights": contents.one()}
     try:
         about = {key: json.loads(contents.about.get(key, "null")) for key in _FACTS}
         site = SiteInfo.from_dict(about["site"]) if about["site"] else None
