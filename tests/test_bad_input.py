@@ -31,6 +31,7 @@ from vistvis.errors import (
     VistvisError,
 )
 from vistvis.images import open_photo
+from vistvis.models.loading import load_timm
 from vistvis.store.formats import read, read_attention, write
 from vistvis.views.overlay_folder import OverlayOutputPath
 
@@ -381,6 +382,18 @@ def test_damaged_checkpoints_give_errors_of_ours(tmp_path: Path, ending: str) ->
         path.write_bytes(_damaged(whole, number, rng))
         with pytest.raises(VistvisError):
             load_checkpoint(path)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth", "txt"])
+def test_junk_as_a_checkpoint(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    for junk in (b"junk" * 100, b"\x80\x02cos\nsystem\n(X\x02\x00\x00\x00lstR.", b""):
+        path.write_bytes(junk)
+        with pytest.raises(CheckpointError):
+            load_checkpoint(path)
+    model = f"vit_tiny_patch16_224@{path}"
+    with pytest.raises(CheckpointError, match="the weights of vit_tiny_patch16_224"):
+        load_timm(model, device=None, dtype=None, images=[], size=None)
 
 
 # -- paths ---------------------------------------------------------------------------------------
