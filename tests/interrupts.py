@@ -6,7 +6,8 @@ import contextlib
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -164,32 +165,26 @@ def _try(model: nn.Module, plain: Tensor, use: Callable[..., None], at: int, **o
     return f"{interrupter.where}: {'; '.join(wrong)}" if wrong else ""
 
 
-def interrupt_at_every_line(*, step: int = 1) -> tuple[int, list[str]]:
-    """Interrupt opening, running and closing at every `step`-th line executed in the hooks.
+def tries(step: int = 1) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Interrupts of opening, running and closing, at every `step`-th line executed in the hooks.
 
-    Of a line only its first dozen executions count. Returns how many interrupts were tried, and
-    what was wrong after those that left something: file and line, and what. Cost: some 20 ms a try.
+    Each with its name and a call that says what it left (file and line, and what); empty where
+    nothing. Of a line only its first dozen executions count. Cost: some 20 ms a call.
     """
-    tried, failures = 0, []
     for options in OPTIONS:
         for name, use in USES.items():
-            torch.manual_seed(0)
-            model = Model().eval()
-            plain = model(images())
+            model = _model()
+            plain, on = model(images()), _on(model)
             use(model, **options)
             with Interrupter() as counter:
                 use(model, **options)
             for at in counter.early[::step]:
-                failure = _try(model, plain, use, at, **options)
-                tried += 1
-                if failure:
-                    failures.append(f"{name} {options} {failure}")
-                    model = Model().eval()
-                    model.load_state_dict(_weights())
+                yield f"{name} {options} {at}", partial(_try, model, plain, use, at, **options)
+                if _on(model) != on:
+                    model = _model()
     gc.collect()
-    return tried, failures
 
 
-def _weights() -> dict[str, Tensor]:
+def _model() -> Model:
     torch.manual_seed(0)
-    return Model().state_dict()
+    return Model().eval()

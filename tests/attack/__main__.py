@@ -25,6 +25,7 @@ ATTACKS = {
     "forged": "forged",
     "kills": "kills",
     "interrupts": "interrupts",
+    "captures": "interrupts",
     "signals": "interrupts",
     "commands": "commands",
     "writers": "writers",

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from interrupts import tries
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -49,6 +50,17 @@ def interrupts(setting: Setting) -> Iterator[Case]:
                 yield Case(f"{name} {number}", case)
     finally:
         os.fsync = fsync
+
+
+def captures(setting: Setting) -> Iterator[Case]:
+    """KeyboardInterrupt in the k-th line of vistvis/hooks that a capture runs."""
+
+    def run(attempt: Callable[[], str]) -> None:
+        failure = attempt()
+        assert not failure, failure
+
+    for name, attempt in tries(step=round(1 / setting.share)):
+        yield Case(name, partial(run, attempt))
 
 
 # -- a writer, line by line ------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def _timm_model(model: str, size: int | None) -> nn.Module:
             made: nn.Module = timm.create_model(name, **options).eval()
     except TypeError as error:
         raise InputError(f"{name} can't be made for size {size}: {error}") from error
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # of a damaged file the reader of each format has errors of its own
         raise CheckpointError(f"the weights of {name} can't be had: {error}") from error
     return made
 
