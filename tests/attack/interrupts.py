@@ -237,10 +237,10 @@ def signals(setting: Setting) -> Iterator[Case]:
 
 
 def capture_and_store(model: nn.Module, x: Tensor, folder: Path) -> None:
+    # Without `torch.no_grad()`, which a signal between its `__enter__` and the block leaves on.
     with (
         RunWriter(folder, resume=False) as writer,
         vistvis.capture(model, sink=writer) as captured,
-        torch.no_grad(),
     ):
         writer.expect(captured.sites.names)
         model(x)
