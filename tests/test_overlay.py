@@ -13,6 +13,7 @@ from PIL import Image
 
 from vistvis.errors import InputError
 from vistvis.images import to_rgb
+from vistvis.views import overlay_painter
 from vistvis.views import painting as overlay
 from vistvis.views.png import encode_png
 
@@ -112,7 +113,9 @@ def test_blending_is_the_weighted_sum_rounded(under: int, over: int, alpha: floa
     image = np.full((1, 1, 3), under, np.uint8)
     heat = np.full((1, 1, 3), over, np.uint8)
     expected = (1 - alpha) * under + alpha * over
-    found = overlay.mix(overlay.weigh(image, 1 - alpha), overlay.weigh(heat, alpha))
+    found = overlay_painter.mix(
+        overlay_painter.weigh(image, 1 - alpha), overlay_painter.weigh(heat, alpha)
+    )
     assert np.abs(found - expected).max() <= 0.51
 
 
@@ -121,12 +124,12 @@ def test_weighting_the_table_is_weighting_its_colours_also_of_turned_pictures() 
     image = rng.integers(0, 256, (3, 8, 9), dtype=np.uint8).transpose(1, 2, 0)
     entries = rng.integers(0, 256, (8, 9), dtype=np.uint8)
     colours = overlay.colour_table("jet")
-    under = overlay.weigh(image, 0.7)
-    fast = overlay.mix(under, overlay.weigh(colours, 0.3).take(entries, axis=0))
-    assert (fast == overlay.mix(under, overlay.weigh(colours[entries], 0.3))).all()
+    under = overlay_painter.weigh(image, 0.7)
+    fast = overlay_painter.mix(under, overlay_painter.weigh(colours, 0.3).take(entries, axis=0))
+    assert (fast == overlay_painter.mix(under, overlay_painter.weigh(colours[entries], 0.3))).all()
     assert fast.shape == (8, 9, 3)
     with pytest.raises(InputError, match="alpha"):
-        overlay.OverlayPainter({}, alpha=1.5)
+        overlay_painter.OverlayPainter({}, alpha=1.5)
 
 
 def test_an_outline_lies_inside_its_box_and_leaves_the_picture_alone() -> None:
