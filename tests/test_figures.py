@@ -207,7 +207,7 @@ def test_the_default_scale_shows_the_other_frames_and_says_so() -> None:
     assert figure.axes[-1].get_ylim() == pytest.approx((0, 0.1))
     note = texts(figure)[2].replace("\n", " ")
     assert note.endswith(
-        "; scale: to the largest weight outside the query's own patch and those beside it "
+        "; scale: to the largest weight outside the query's patch and its neighbours "
         "(white: above it, up to 0.8)"
     )
     linear = visualize_attention_on_image(

@@ -98,7 +98,7 @@ def test_the_scale_of_itself_leaves_out_the_query_and_what_lies_beside_it() -> N
     assert (scale.vmin, scale.vmax) == (0, pytest.approx(0.03))
     assert overlay.is_clipped(maps, scale)
     assert overlay.scale_text(maps, scale, norm="auto", own=own) == (
-        "scale: to the largest weight outside the query's own patch and those beside it "
+        "scale: to the largest weight outside the query's patch and its neighbours "
         "(white: above it, up to 0.6)"
     )
     assert overlay.normalizer(maps).vmax == pytest.approx(0.6)

@@ -189,7 +189,7 @@ def test_heads_share_one_scale_that_leaves_out_the_query() -> None:
     title, note = (text.get_text().replace("\n", " ") for text in figure.texts)
     assert title == "untrained weights"
     assert note == (
-        "scale: to the largest weight outside the query's own patch and those beside it "
+        "scale: to the largest weight outside the query's patch and its neighbours "
         "(white: above it, up to 0.6)"
     )
     assert figure.axes[-1].get_ylim()[1] <= 0.01

@@ -144,7 +144,7 @@ def scale_text(values: Values, normalizer: Normalize, *, norm: str, own: Own | N
     largest = float(np.nanmax(as_array(values)))
     text = {
         "auto": "to the largest weight"
-        + " outside the query's own patch and those beside it" * (own is not None),
+        + " outside the query's patch and its neighbours" * (own is not None),
         "linear": "to the largest weight",
         "log": "logarithmic, to the largest weight",
         "percentile": "to the 99th percentile",
