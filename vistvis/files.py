@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import stat
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,22 @@ def regular_file(path: PathLike) -> BinaryIO:
     except OSError as error:
         raise StoreError(f"can't read {str(file)!r}: {error.strerror}") from error
     raise StoreError(f"{str(file)!r} is {kind}; give the path of a file")
+
+
+def check_torch_archive(path: PathLike) -> None:
+    """StoreError for an archive whose records hold more than the file: torch packs nothing.
+
+    Others can, and a few bytes may then stand for gigabytes.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    held = sum(record.file_size for record in records)
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if packed or held > os.stat(path).st_size:
+        raise StoreError(
+            f"{str(path)!r} has compressed records ({held} bytes in all), which torch.save never "
+            "writes; load it where you trust it, and save it again with torch.save"
+        )
 
 
 def version() -> str | None:

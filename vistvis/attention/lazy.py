@@ -64,7 +64,8 @@ class Attention(LazyRows):
     function, tensor method or `np.asarray` builds the dense matrix, under the limit of `dense`.
     `weights` is None, but for attention made by `from_weights`. `InputError` if shapes, dtypes or
     devices do not fit together, and from whatever computes where a product of query and key is not
-    finite. The formula: Vaswani et al., "Attention Is All You Need", 3.2.1.
+    finite, or a mask or `score_mod` makes NaN or +inf of it. The formula: Vaswani et al.,
+    "Attention Is All You Need", 3.2.1.
 
     Pickled and deep-copied as it is; with functions of indices, which can't be, as its dense
     weights (`from_weights`), or a `DenseLimitError`.
@@ -264,10 +265,23 @@ class Attention(LazyRows):
             )
         return products
 
+    def _below_inf(self, logits: Tensor) -> Tensor:
+        """Logits with their masks, or an `InputError`: −inf is a mask, +inf and NaN are none."""
+        added = self.mask is not None and self.mask.dtype != torch.bool
+        if (added or self.score_mod) and logits.numel() and not logits.detach().max() < math.inf:
+            what = "score_mod" if self.score_mod else "mask"
+            raise InputError(
+                f"logits are finite, or −inf where a key takes no part, and the {what} of "
+                f"{self._name()} makes NaN or +inf of some; use -math.inf or a bool mask"
+            )
+        return logits
+
     def _head(self, batch: Any, head: Any) -> tuple[Tensor, Tensor, float | Tensor]:
         """Queries `(Nq, d)`, keys `(Nk, d)` and scale of one head."""
         b, h = self._whole(batch, 0), self._whole(head, 1)
-        scale = self.scale[h] if isinstance(self.scale, Tensor) else self.scale
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = scale[h].to(self.dtype)
         return self.query[b, h], self.key[b, h // self.groups], scale
 
     def _one_row(self, batch: Any, head: Any, query: Any) -> Tensor:
@@ -285,7 +299,9 @@ class Attention(LazyRows):
             key_heads = torch.arange(self.shape[1], device=self.device)[h] // self.groups
         query = take(self.query, b, h, q).to(self.dtype)
         key = take(self.key, b, key_heads, k).to(self.dtype)
-        scale = take(self.scale, h).view(-1, 1, 1) if isinstance(self.scale, Tensor) else self.scale
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = take(scale, h).to(self.dtype).view(-1, 1, 1)
         masks = []
         if self.causal:
             tokens = torch.arange(max(self.shape[2:]), device=self.device)
@@ -295,7 +311,7 @@ class Attention(LazyRows):
             masks.append(take(self.mask.expand(self.shape), *box))
         logits = self._finite(arithmetic.logits(query, key, scale))
         if not (self.score_mod or self.mask_mod):
-            return arithmetic.masked(logits, masks)
+            return self._below_inf(arithmetic.masked(logits, masks))
         numbers = [
             take(torch.arange(n, device=self.device), chosen)
             for n, chosen in zip(self.shape, box, strict=True)
@@ -305,7 +321,7 @@ class Attention(LazyRows):
             logits = made.to(self.dtype).contiguous()
         if self.mask_mod and logits.numel():
             masks.append(arithmetic.at_indices(self.mask_mod, numbers).bool())
-        return arithmetic.masked(logits, masks)
+        return self._below_inf(arithmetic.masked(logits, masks))
 
     def _block(self, box: Box) -> Tensor:
         shape, k = self._counts(box), box[3]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote, unquote
 
-from vistvis.files import checked_name
+from vistvis.files import checked_name, checked_path
 
 Layer: TypeAlias = "int | str"
 """A layer's number; in a run, a site's name."""
@@ -31,7 +31,8 @@ class OverlayOutputPath:
     output_path: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output_path", os.path.expanduser(os.fspath(self.output_path)))
+        base = os.path.expanduser(checked_path(self.output_path))
+        object.__setattr__(self, "output_path", os.fspath(base))
 
     @property
     def query_frames_dir(self) -> str:
