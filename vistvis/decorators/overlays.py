@@ -25,7 +25,8 @@ from vistvis.errors import InputError
 from vistvis.files import PathLike
 from vistvis.progress import progress as progress_bar
 from vistvis.views.overlay_folder import Head, Layer, OverlayOutputPath
-from vistvis.views.painting import OverlayPainter, as_array, outline_query
+from vistvis.views.overlay_painter import OverlayPainter
+from vistvis.views.painting import as_array, outline_query
 from vistvis.views.png import write_pngs
 
 if TYPE_CHECKING:
