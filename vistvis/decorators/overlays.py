@@ -247,7 +247,12 @@ def _overlay(
         # What was written is recorded also where a later layer fails or is interrupted.
         if checksums:
             drawing = partial(drawing_of, origin, stored, query, look)
-            add_records(output.output_path, records_of(output, drawing, shown, checksums))
+            records = records_of(output, drawing, shown, checksums)
+            if replaced := add_records(output.output_path, records):
+                _tell(
+                    f"{replaced} overlays of another query or run had the same names and were "
+                    f"replaced in {output.output_path}; write to another folder to keep both"
+                )
     if narrow:
         _tell(f"{_names(narrow)}: attention within one frame, drawn for frame {query.frame} alone")
     if left_out:

@@ -161,19 +161,19 @@ def read_records(folder: str) -> list[OverlayRecord]:
     )
 
 
-def add_records(folder: str, records: Sequence[OverlayRecord]) -> None:
+def add_records(folder: str, records: Sequence[OverlayRecord]) -> int:
     """Add to the folder's manifest; what it said of files that are written again goes.
 
-    A VistvisWarning says where overlays of another query or attention were replaced. StoreError
-    where the file can't be written.
+    Returns how many of those were of another query or other attention. StoreError where the file
+    can't be written.
     """
     written = {name: record.drawing for record in records for name in record.files}
     path = Path(folder, NAME)
     with _alone(folder):
-        kept, replaced = [], set()
+        kept, replaced = [], 0
         for old in read_records(folder):
             again = written.keys() & old.files.keys()
-            replaced |= {n for n in again if written[n].subject != old.drawing.subject}
+            replaced += sum(written[name].subject != old.drawing.subject for name in again)
             files = {name: entry for name, entry in old.files.items() if name not in again}
             if files:
                 kept.append(replace(old, files=files))
@@ -187,13 +187,7 @@ def add_records(folder: str, records: Sequence[OverlayRecord]) -> None:
                 file.write(json.dumps(data, indent=1, allow_nan=False).encode() + b"\n")
         except OSError as error:
             raise StoreError(f"can't write {path}: {error.strerror or error}") from error
-    if replaced:
-        warnings.warn(
-            f"{len(replaced)} overlays of another query or other attention were replaced in "
-            f"{folder}; to keep both, write to another folder",
-            VistvisWarning,
-            stacklevel=2,
-        )
+    return replaced
 
 
 @contextlib.contextmanager
