@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ import vistvis
 from tests.test_reconstruction import LAYOUT, SPECIAL, a_run, draw, stored
 from vistvis import Attention
 from vistvis.errors import InputError, StoreError, VistvisWarning
-from vistvis.views.overlay_manifest import NAME, OverlayRecord, add_records, read_records
+from vistvis.views.overlay_manifest import (
+    NAME,
+    Drawing,
+    Origin,
+    OverlayRecord,
+    add_records,
+    read_records,
+)
+from vistvis.views.overlay_painter import Look
 from vistvis.views.png import checksum
 
 GLOBAL = {"layers": "global_*"}
@@ -101,6 +110,18 @@ def test_what_was_written_before_an_error_is_recorded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="NaN"):
         draw(run, tmp_path, **GLOBAL)
     assert [len(r.files) for r in records(tmp_path)] == [2]
+
+
+def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
+    drawing = Drawing(Origin("/r", "0"), 0, 5, "cls", 1, 0, Look())
+
+    def write(number: int) -> None:
+        files: dict[str, tuple[int | str, int | str, str]] = {f"{number}": (0, number, "00000000")}
+        add_records(str(tmp_path), [OverlayRecord(drawing, files)])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(40)))
+    assert sorted(int(name) for r in records(tmp_path) for name in r.files) == list(range(40))
 
 
 GOOD = {"format": "vistvis-overlays", "schema": 1, "records": []}
