@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,8 @@ def test_runs_are_told_apart_by_folder_and_by_what_is_in_them(tmp_path: Path) ->
         origins.append(origin)
     assert len(set(origins)) == 3
     assert origins[0].words == f"{tmp_path.name}/a, model tiny <b>"
+    random = dataclasses.replace(origins[0], model="vit_tiny@random")
+    assert random.words.endswith("model vit_tiny@random (untrained weights)")
     assert [Path(origin.path or "").name for origin in origins] == ["a", "b", "a"]
 
 

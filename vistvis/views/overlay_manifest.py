@@ -32,6 +32,8 @@ NAME = "overlays.json"
 # Some 200,000 overlays; a larger file is none of ours.
 _LARGEST = 32 * 2**20
 _LONGEST_TEXT = 4096
+# How the name of a model ends that `vistvis store` ran without weights.
+_UNTRAINED = "@random"
 _LARGEST_NUMBER = 2**53
 # What data of other types and values than ours make Python raise.
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -53,7 +55,10 @@ class Origin:
         """For titles: the last two parts of the path, and the model."""
         parts = Path(self.path).parts[-2:] if self.path else ()
         place = "/".join(part for part in parts if part != os.sep) or "attention in memory"
-        return harmless(place + (f", model {self.model}" if self.model else ""))
+        if self.model:
+            place += f", model {self.model}"
+            place += " (untrained weights)" if self.model.endswith(_UNTRAINED) else ""
+        return harmless(place)
 
 
 @dataclass(frozen=True)
