@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vistvis.errors import InputError, StoreError
 from vistvis.files import atomic_file
 from vistvis.names import harmless
@@ -25,7 +27,7 @@ from vistvis.views.overlay_folder import (
     query_order,
 )
 from vistvis.views.overlay_manifest import Drawing, read_records
-from vistvis.views.painting import colour_table
+from vistvis.views.painting import colour_map
 from vistvis.views.pdf_layout import HEAD, LABEL, MARGIN, Block, Layout, lay_out
 from vistvis.views.pdffile import QUIET, Box, PdfFile, text_width
 from vistvis.views.png import THREADS, checksum
@@ -43,6 +45,7 @@ _ENDS = {
     "log": ("six decades below or the smallest", "largest weight, logarithmic"),
     "percentile": ("0", "99th percentile of the weights, white above it"),
 }
+_CLIPPED = ("auto", "percentile")
 
 
 def plot_attention_for_reconstruction(
@@ -299,12 +302,14 @@ def _foot(pdf: PdfFile, table: _Table, layout: Layout, number: int) -> None:
     pdf.text(low, x, y, size=LABEL, colour=QUIET)
     x += text_width(low, LABEL) + 0.6 * LABEL
     try:
-        colours = colour_table(look.cmap)[::4]
+        cmap = colour_map(look.cmap)
     except InputError:  # a name that this matplotlib does not know
         pdf.text(f"colours {harmless(look.cmap)}", x, y, size=LABEL, room=_BAR[0], colour=QUIET)
     else:
-        bar = x, y - 0.8 * _BAR[1], *_BAR
-        pdf.bar(bar, [(int(r), int(g), int(b)) for r, g, b in colours])
+        # Where something may lie above the scale, the bar ends in its colour.
+        steps = np.append(np.linspace(0, 1, 60), np.full(4 * (look.norm in _CLIPPED), 2.0))
+        colours = np.rint(255 * np.asarray(cmap(steps))[:, :3]).astype(int)
+        pdf.bar((x, y - 0.8 * _BAR[1], *_BAR), [(r, g, b) for r, g, b in colours.tolist()])
     x += _BAR[0] + 0.6 * LABEL
     pdf.text(high, x, y, size=LABEL, room=right - x, colour=QUIET)
 
