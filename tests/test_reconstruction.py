@@ -296,16 +296,14 @@ def test_every_site_draws_what_it_has_and_the_rest_is_told(tmp_path: Path) -> No
     assert [name for name, _ in found] == ["global_block_0", "global_block_10", "global_block_9"]
 
 
-def test_heads_as_a_list(tmp_path: Path) -> None:
+@pytest.mark.parametrize("heads", [[2, 0], [2, "mean", 0], np.array([1, 2])])
+def test_heads_as_a_list(tmp_path: Path, heads: Any) -> None:
     paths = stored(tmp_path, layers=(0,))
     every = draw(paths, tmp_path / "a", head="all")
-    some = draw(paths, tmp_path / "b", head=np.array([2, 0, 2]))
-    assert list(some) == [(0, 2), (0, 0)]
+    some = draw(paths, tmp_path / "b", head=[*heads, heads[0]])
+    assert list(some) == [(0, head) for head in heads]
     for panel, (file,) in some.items():
         assert Path(file).read_bytes() == Path(every[panel][0]).read_bytes()
-    for wrong, words in (([0, 3], "head 3 is outside"), ([], "empty"), (["mean"], "whole number")):
-        with pytest.raises((InputError, IndexOutOfRange), match=words):
-            draw(paths, tmp_path / "c", head=wrong)
 
 
 @pytest.mark.parametrize("norm", ["auto", "linear", "log", "percentile"])
@@ -421,6 +419,9 @@ def test_runs_that_can_not_be_drawn(tmp_path: Path) -> None:
         ({"batch_idx": 2}, IndexOutOfRange, "batch_idx"),
         ({"head": 3}, IndexOutOfRange, "head"),
         ({"head": "max"}, InputError, '"mean" or "all"'),
+        ({"head": [0, 3]}, IndexOutOfRange, "head 3 is outside 0…2"),
+        ({"head": []}, InputError, "head: the list is empty"),
+        ({"head": ["all"]}, InputError, "head is a whole number"),
         ({"head": 1.5}, InputError, "head is a whole number or a list"),
         ({"norm": "sqrt"}, InputError, "norm is one of 'own', 'auto'"),
         ({"alpha": 2}, InputError, "alpha"),

@@ -82,7 +82,7 @@ def run_overlay_for_reconstruction(
         The frame to look at; a list or "all" gives one overlay for each. A site that attends within
         frames shows the query's own; the others are left out, and a VistvisWarning says so.
     head
-        A number, a list of them, "mean" over all heads, or "all" for every head and the mean.
+        A number, "mean" over all heads, a list of these, or "all" for every head and the mean.
     metadata
         Patch size and special tokens of stored files; without it, the YAML file that
         `VIS_TVIS_METADATA_PATH` names. A run knows its layout.

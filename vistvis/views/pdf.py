@@ -94,8 +94,8 @@ def plot_attention_for_reconstruction(
     tables = _tables(output)
     if not tables:
         raise InputError(
-            f"no overlays under {output.output_path}; make them with "
-            "run_overlay_for_reconstruction(…, output_path=…)"
+            f"no overlays under {output.output_path}; 'vistvis overlay' or "
+            "run_overlay_for_reconstruction(…, output_path=…) makes them"
         )
     layouts = [_layout(table, page) for table in tables.values()]
     work = zip(tables, tables.values(), layouts, strict=True)
