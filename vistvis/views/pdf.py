@@ -36,7 +36,7 @@ _TITLE, _LINE = 13.0, 8.5
 _MOST_LABELS = 92.0
 _BAR = 110.0, 7.0
 _JPEG_QUALITY = 90
-_NOT_RECORDED = "source not recorded"
+_NOT_RECORDED = "source not recorded: these may be of different runs"
 # What the two ends of the colour bar mean.
 _ENDS = {
     "own": ("its own minimum", "its own maximum: compare within an overlay, not between two"),
