@@ -98,6 +98,19 @@ def test_runs_are_told_apart_by_folder_and_by_what_is_in_them(tmp_path: Path) ->
     assert [Path(origin.path or "").name for origin in origins] == ["a", "b", "a"]
 
 
+def test_a_run_that_goes_on_is_the_same_while_its_pass_is(tmp_path: Path) -> None:
+    origins = set()
+    for count, pass_id in ((2, "one"), (4, "one"), (4, "two")):
+        run = a_run()
+        some = {name: run[name] for name in list(run)[:count]}
+        kept = {"images": run.images, "layout": LAYOUT, "pass_id": pass_id}
+        vistvis.save_run(some, tmp_path / "run", **kept)
+        with vistvis.open_run(tmp_path / "run") as opened:
+            draw(opened, tmp_path / "o", layers="global_block_0")
+        origins |= {r.drawing.origin for r in records(tmp_path / "o")}
+    assert len(origins) == 2
+
+
 def test_attention_in_memory_is_told_apart_by_pictures_and_by_weights(tmp_path: Path) -> None:
     one, two, three = a_run(), a_run(), a_run()
     two.images = one.images.flip(1)  # type: ignore[union-attr]

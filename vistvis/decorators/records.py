@@ -31,13 +31,13 @@ Panel: TypeAlias = tuple[Layer, Head, int, int]
 def origin_of(paths: AttentionPath | Mapping[str, Attention] | PathLike, stored: Layers) -> Origin:
     """Whose attention it is, with a fingerprint of the pictures and of what the weights lie in.
 
-    That is the checksums of a run's files, the size and time of a first stored file, or a part of
-    the first tensor in memory.
+    That is the pass of a run, or its files' checksums where it names none; the size and time of the
+    first stored file; or a part of the first tensor in memory.
     """
     crc = zlib.crc32(stored.images.data)
     if isinstance(paths, Run):
-        sums = ((name, paths.record(name).file.crc32) for name in paths.sites)
-        crc = zlib.crc32(repr(list(sums)).encode(), crc)
+        sums = [(name, paths.record(name).file.crc32) for name in paths.sites]
+        crc = zlib.crc32((paths.pass_id or repr(sums)).encode(), crc)
         return Origin(paths.path, f"{crc:08x}", paths.model)
     if isinstance(paths, Mapping):
         for name in stored.names:
