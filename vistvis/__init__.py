@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from vistvis.views.pdf import (
         plot_attention_for_reconstruction as plot_attention_for_reconstruction,
     )
+    from vistvis.views.plot import plot as plot
 
 # Where the names above live; each module is imported when one of its names is first used.
 _LAZY = {
@@ -64,6 +65,7 @@ _LAZY = {
     "vistvis.tokens": ("TokenLayout", "TokenPlace"),
     "vistvis.views.overlay_folder": ("OverlayOutputPath",),
     "vistvis.views.pdf": ("plot_attention_for_reconstruction",),
+    "vistvis.views.plot": ("plot",),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
