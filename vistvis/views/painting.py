@@ -5,7 +5,7 @@ Pictures are uint8 `(H, W, 3)`; maps are float, one value per patch or per pixel
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from vistvis.images import Values
 
+# Map, row and column of a query's own patch, as `normalizer` takes it.
+Own: TypeAlias = tuple[int | slice, int, int]
+
 NORMS = ("auto", "linear", "log", "percentile")
 
 # The one house style: colours that colour-blind people can read, dark where there is little, so
@@ -31,6 +34,8 @@ GREEN = (0, 215, 70)
 WHITE = (255, 255, 255)
 # Pixels of white around the outline of a query.
 _RING = 2
+# A map is dark where it stays within this part of its scale.
+_DARK = 0.15
 # Weights below a millionth of the largest are one colour on a log scale: they differ in rounding.
 _LOG_DECADES = 6
 _LEVELS = 256
@@ -75,7 +80,7 @@ def normalizer(
     *,
     norm: str = "auto",
     percentile: float = 99.0,
-    own: tuple[int, int, int] | None = None,
+    own: Own | None = None,
 ) -> Normalize:
     """One colour scale for all values given, with fixed limits, so that pictures can be compared.
 
@@ -91,7 +96,7 @@ def normalizer(
         sink does not turn everything else dark.
     own
         Which of the maps `(…, rows, cols)`, counted through, and which of its rows and columns is
-        the query's own patch; None where it has none.
+        the query's own patch; `slice(None)` where all maps have it, None where none has.
 
     Raises
     ------
@@ -125,13 +130,43 @@ def normalizer(
     return Normalize(vmin=low, vmax=high)
 
 
-def _others(maps: NDArray[np.float32], own: tuple[int, int, int]) -> NDArray[np.float32]:
+def _others(maps: NDArray[np.float32], own: Own) -> NDArray[np.float32]:
     """The finite values but those of a patch and the eight beside it."""
     number, row, col = own
     counted = np.isfinite(maps).reshape(-1, *maps.shape[-2:])
     counted[number, max(row - 1, 0) : row + 2, max(col - 1, 0) : col + 2] = False
     others: NDArray[np.float32] = maps.reshape(counted.shape)[counted]
     return others
+
+
+def scale_text(values: Values, normalizer: Normalize, *, norm: str, own: Own | None = None) -> str:
+    """For captions: what the scale `normalizer(values, norm=norm, own=own)` runs to."""
+    largest = float(np.nanmax(as_array(values)))
+    text = {
+        "auto": "to the largest weight"
+        + " outside the query's own patch and those beside it" * (own is not None),
+        "linear": "to the largest weight",
+        "log": "logarithmic, to the largest weight",
+        "percentile": "to the 99th percentile",
+    }[norm]
+    above = f" (white: above it, up to {largest:.3g})" if is_clipped(values, normalizer) else ""
+    return f"scale: {text}{above}"
+
+
+def is_clipped(values: Values, normalizer: Normalize) -> bool:
+    """Whether a value lies above the scale: it is drawn white, and the colour bar has an arrow."""
+    assert normalizer.vmax is not None
+    return bool(np.nanmax(as_array(values)) > np.float32(normalizer.vmax))
+
+
+def dark_maps(maps: Values, normalizer: Normalize) -> tuple[int, ...]:
+    """Which of the maps `(F, rows, cols)` are dark: all of it in the lowest 15 % of the scale.
+
+    There is something in such a map that cannot be seen; a map of zeros is as dark as it should be.
+    """
+    peaks = np.nanmax(as_array(maps), axis=(-2, -1))
+    heights = np.ma.filled(normalizer(peaks), 0.0)
+    return tuple(np.flatnonzero((heights < _DARK) & (peaks > 0)).tolist())
 
 
 def colour_map(cmap: str | Colormap = CMAP) -> Colormap:
