@@ -27,7 +27,6 @@ class FrameQuery:
     frame: int
     tokens: tuple[int, ...]
     key_frames: tuple[int, ...]
-    key_frame_in_name: bool  # several could have been given: file names tell them apart
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class OverlayRequest:
     query_frame_idx: SupportsIndex
     query_idx: Indices
     key_frame_idx: Indices
-    head: Head
+    head: Head | Sequence[Head]
     metadata: StaticMetadata | None
     is_cross_attention: bool
     batch_idx: SupportsIndex
@@ -67,14 +66,14 @@ class OverlayRequest:
             raise InputError(
                 f'query_idx is a token, a list of them or "interactive", got {self.query_idx!r}'
             )
-        return FrameQuery(frame, tokens, frames, not _is_single(key_frames))
+        return FrameQuery(frame, tokens, frames)
 
     def heads(self, count: int) -> list[Head]:
-        """The heads to draw of `count`, the mean last."""
+        """The heads to draw of `count`, in the order asked for; of "all" the mean last."""
         if not isinstance(self.head, str):
-            return [checked_index(self.head, count, "head")]
+            return list(_checked_indices(self.head, count, "head"))
         if self.head not in ("mean", "all"):
-            raise InputError(f'head is a number, "mean" or "all", got {self.head!r}')
+            raise InputError(f'head is a number, a list, "mean" or "all", got {self.head!r}')
         return [*(range(count) if self.head == "all" else ()), "mean"]
 
 

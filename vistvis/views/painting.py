@@ -5,9 +5,7 @@ Pictures are uint8 `(H, W, 3)`; maps are float, one value per patch or per pixel
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +20,9 @@ if TYPE_CHECKING:
 
     from vistvis.images import Values
 
+# Map, row and column of a query's own patch, as `normalizer` takes it.
+Own: TypeAlias = tuple[int | slice, int, int]
+
 NORMS = ("auto", "linear", "log", "percentile")
 
 # The one house style: colours that colour-blind people can read, dark where there is little, so
@@ -33,6 +34,8 @@ GREEN = (0, 215, 70)
 WHITE = (255, 255, 255)
 # Pixels of white around the outline of a query.
 _RING = 2
+# A map is dark where it stays within this part of its scale.
+_DARK = 0.15
 # Weights below a millionth of the largest are one colour on a log scale: they differ in rounding.
 _LOG_DECADES = 6
 _LEVELS = 256
@@ -77,7 +80,7 @@ def normalizer(
     *,
     norm: str = "auto",
     percentile: float = 99.0,
-    own: tuple[int, int, int] | None = None,
+    own: Own | None = None,
 ) -> Normalize:
     """One colour scale for all values given, with fixed limits, so that pictures can be compared.
 
@@ -93,7 +96,7 @@ def normalizer(
         sink does not turn everything else dark.
     own
         Which of the maps `(…, rows, cols)`, counted through, and which of its rows and columns is
-        the query's own patch; None where it has none.
+        the query's own patch; `slice(None)` where all maps have it, None where none has.
 
     Raises
     ------
@@ -127,13 +130,43 @@ def normalizer(
     return Normalize(vmin=low, vmax=high)
 
 
-def _others(maps: NDArray[np.float32], own: tuple[int, int, int]) -> NDArray[np.float32]:
+def _others(maps: NDArray[np.float32], own: Own) -> NDArray[np.float32]:
     """The finite values but those of a patch and the eight beside it."""
     number, row, col = own
     counted = np.isfinite(maps).reshape(-1, *maps.shape[-2:])
     counted[number, max(row - 1, 0) : row + 2, max(col - 1, 0) : col + 2] = False
     others: NDArray[np.float32] = maps.reshape(counted.shape)[counted]
     return others
+
+
+def scale_text(values: Values, normalizer: Normalize, *, norm: str, own: Own | None = None) -> str:
+    """For captions: what the scale `normalizer(values, norm=norm, own=own)` runs to."""
+    largest = float(np.nanmax(as_array(values)))
+    text = {
+        "auto": "to the largest weight"
+        + " outside the query's own patch and those beside it" * (own is not None),
+        "linear": "to the largest weight",
+        "log": "logarithmic, to the largest weight",
+        "percentile": "to the 99th percentile",
+    }[norm]
+    above = f" (white: above it, up to {largest:.3g})" if is_clipped(values, normalizer) else ""
+    return f"scale: {text}{above}"
+
+
+def is_clipped(values: Values, normalizer: Normalize) -> bool:
+    """Whether a value lies above the scale: it is drawn white, and the colour bar has an arrow."""
+    assert normalizer.vmax is not None
+    return bool(np.nanmax(as_array(values)) > np.float32(normalizer.vmax))
+
+
+def dark_maps(maps: Values, normalizer: Normalize) -> tuple[int, ...]:
+    """Which of the maps `(F, rows, cols)` are dark: all of it in the lowest 15 % of the scale.
+
+    There is something in such a map that cannot be seen; a map of zeros is as dark as it should be.
+    """
+    peaks = np.nanmax(as_array(maps), axis=(-2, -1))
+    heights = np.ma.filled(normalizer(peaks), 0.0)
+    return tuple(np.flatnonzero((heights < _DARK) & (peaks > 0)).tolist())
 
 
 def colour_map(cmap: str | Colormap = CMAP) -> Colormap:
@@ -196,50 +229,6 @@ def colour_table(cmap: str | Colormap) -> NDArray[np.uint8]:
     colours = np.asarray(colour_map(cmap)(np.linspace(0, 1, _LEVELS)))[:, :3]
     table: NDArray[np.uint8] = np.rint(colours * 255).astype(np.uint8)
     return table
-
-
-def weigh(colours: NDArray[np.uint8], weight: float) -> NDArray[np.uint16]:
-    """Colours times a weight, in 256ths of a level, with half of the rounding of `mix`."""
-    weighted: NDArray[np.uint16] = np.rint(colours * np.float32(weight * 256)).astype(np.uint16)
-    return weighted
-
-
-def mix(under: NDArray[np.uint16], over: NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """The sum of two weighted colours, rounded to levels."""
-    # 255 · 256 + 2 · 0.5 + 128 stays below 2¹⁶: nothing overflows.
-    total = np.add(under, over, order="C")
-    total += np.uint16(128)
-    # The high byte of every number is the level.
-    high = 1 if sys.byteorder == "little" else 0
-    return np.ascontiguousarray(total.view(np.uint8)[..., high::2])
-
-
-class OverlayPainter:
-    """Lays maps over the pictures `(H, W, 3)` of frames, which are weighted once for all overlays.
-
-    Every map runs from its own minimum to its own maximum, as `stretch` with `eps` has it; `alpha`
-    is the opacity of its colours, and an InputError where it is none.
-    """
-
-    def __init__(
-        self,
-        pictures: Mapping[int, NDArray[np.uint8]],
-        *,
-        cmap: str | Colormap = "jet",
-        alpha: float = 0.45,
-        eps: float = 1e-8,
-    ) -> None:
-        if not 0 <= alpha <= 1:
-            raise InputError(f"alpha is an opacity from 0 to 1, got {alpha}")
-        self._under = {frame: weigh(picture, 1 - alpha) for frame, picture in pictures.items()}
-        self._over = weigh(colour_table(cmap), alpha)
-        self._eps = eps
-
-    def paint(self, weights: NDArray[np.float32], frame: int) -> NDArray[np.uint8]:
-        """One overlay `(H, W, 3)` of one map `(rows, cols)`."""
-        under = self._under[frame]
-        heat = resize(stretch(weights, eps=self._eps), under.shape[:2])
-        return mix(under, self._over.take(colour_indices(heat), axis=0))
 
 
 def outline(
