@@ -12,14 +12,21 @@ import numpy as np
 import torch
 from einops import rearrange
 from matplotlib.cm import ScalarMappable
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 
-from vistvis.errors import InputError
 from vistvis.names import harmless
-from vistvis.views.figures import NotebookFigure, outline_box
-from vistvis.views.painting import colour_map, lay_over, resize
+from vistvis.views.figures import (
+    INK,
+    QUIET,
+    NotebookFigure,
+    inches_of,
+    mark_query,
+    shorten,
+    text_height,
+    text_width,
+    wrap,
+)
+from vistvis.views.painting import colour_map, is_clipped, lay_over, resize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +37,7 @@ if TYPE_CHECKING:
 
 DPI = 200
 # Points.
-TITLE, LABEL, SMALL, SMALLEST = 9.0, 7.5, 7.0, 4.0
+TITLE, LABEL, SMALL = 9.0, 7.5, 7.0
 # All other lengths are in inches: between cells, between the frames of a cell, and at the edge;
 _GAP, _THIN, _EDGE = 0.07, 0.02, 0.1
 # the widest and the narrowest map of a figure whose width is left to us, and what all maps then
@@ -38,8 +45,7 @@ _GAP, _THIN, _EDGE = 0.07, 0.02, 0.1
 # maps; the colour bar.
 _WIDEST, _NARROWEST, _FILLED, _DOWN = 1.7, 0.34, (9.0, 8.0), 1.5
 _TALLEST, _BAR = 1.15, (2.4, 0.09)
-_LEAST = 2.0
-_LINE = 1.3  # heights of letters from line to line
+_LINE = 0.13  # of small letters
 
 
 @dataclass(frozen=True)
@@ -85,52 +91,50 @@ def draw_board(
     alpha: float,
     title: str,
     scale: str,
-    width: float | None = None,
+    width: str | float | None = None,
 ) -> NotebookFigure:
-    """Draw a board, `width` inches wide (default: what it needs); `scale` labels the colour bar.
+    """Draw a board as wide as of `inches_of` (default: what it needs); `scale` is the bar's words.
 
-    InputError for a width below two inches, or a colour map or opacity that there is not.
+    InputError for a width, a colour map or an opacity that there is not.
 
     Cost: 2 to 5 ms a map, and memory of the figure's pixels, at 200 to an inch or one to a patch.
     """
-    if width is not None and not width >= _LEAST:
-        raise InputError(f"a width is in inches and at least {_LEAST:g}, got {width}")
+    given = None if width is None else inches_of(width)
     rows, cols = board.shape
-    left = [_plain(text) for text in board.left]
-    side = max((_length(text, LABEL) for text in left), default=-0.08) + 0.08
-    side = side if width is None else min(side, width / 3)
-    size = _FILLED if width is None else (width - side - 2 * _EDGE, _DOWN * width)
+    side = max((text_width(harmless(text), LABEL) for text in board.left), default=-0.08) + 0.08
+    side = side if given is None else min(side, given / 3)
+    size = _FILLED if given is None else (given - side - 2 * _EDGE, _DOWN * given)
     down, across = inner = _inner(board, size)
     gaps = (cols - 1) * _GAP + cols * (across - 1) * _THIN
-    if width is None:
+    if given is None:
         tile = min(max(_fitting(board, inner, size), _NARROWEST), _WIDEST)
-        width = max(side + cols * across * tile + gaps + 2 * _EDGE, _BAR[0] + 0.6)
+        whole = max(side + cols * across * tile + gaps + 2 * _EDGE, _BAR[0] + 0.6)
     else:
-        tile = (size[0] - gaps) / (cols * across)
+        tile, whole = (size[0] - gaps) / (cols * across), given
     cell = (
         across * tile + (across - 1) * _THIN,
         down * tile / board.aspect + (down - 1) * _THIN,
     )
-    label = SMALL * _LINE / 72 if board.above else 0.0
+    label = _LINE if board.above else 0.0
     every_row = label if any(row for row, _ in board.above) else 0.0
-    title_lines = _wrapped(_plain(title), TITLE, width - 2 * _EDGE)
-    band_top = _EDGE + len(title_lines) * TITLE * _LINE / 72 + 0.06
-    strip = _strip(board, width - 2 * _EDGE)
-    bar = _Bar(normalizer, scale, board, _EDGE + strip[2] + 0.15, width)
-    band = max(strip[1] + SMALL * _LINE / 72, bar.height) + 0.1
+    heading = wrap(title, whole - 2 * _EDGE, TITLE)
+    band_top = _EDGE + text_height(heading, TITLE) + 0.06
+    strip = _strip(board, whole - 2 * _EDGE)
+    bar = _Bar(normalizer, scale, board, _EDGE + strip[2] + 0.15, whole)
+    band = max(strip[1] + _LINE + 0.03, bar.height) + 0.1
     top = band_top + band + label
     height = top + rows * cell[1] + (rows - 1) * (_GAP + every_row) + _EDGE
 
-    figure = NotebookFigure(figsize=(width, height), dpi=DPI)
+    figure = NotebookFigure(figsize=(whole, height), dpi=DPI)
     # Axes of the whole figure, in inches from its top left.
-    page = figure.add_axes((0, 0, 1, 1))
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, whole), ylim=(height, 0), autoscale_on=False)
+    page.set_axis_off()
     # As many pixels as the page is drawn with, and at least one for each patch.
     patches = max(heat.shape[1] for heat in board.values())
     pixels = max(DPI, patches / tile)
-    canvas = np.full((round(height * pixels), round(width * pixels), 3), 255, np.uint8)
+    canvas = np.full((round(height * pixels), round(whole * pixels), 3), 255, np.uint8)
     painter = _Painter(page, canvas, pixels, board, inner, normalizer, cmap, alpha)
-    for number, line in enumerate(title_lines):
-        page.text(_EDGE, _EDGE + number * TITLE * _LINE / 72, line, fontsize=TITLE, va="top")
+    figure.write(_EDGE, _EDGE, heading, size=TITLE, color=INK)
     x = _EDGE
     if board.strip:
         for frame in board.frames:
@@ -144,20 +148,26 @@ def draw_board(
         painter.cell(tiles, (x, y, *cell), tile)
         if (row, col) in board.above:
             _label(page, board.above[row, col], x, y - 0.02, cell[0], va="bottom")
-    for row, text in enumerate(left):
+    letters = min(LABEL, (cell[1] + _GAP) * 72 / 1.05)
+    style: dict[str, Any] = {"fontsize": letters, "color": INK, "parse_math": False}
+    for row, text in enumerate(board.left):
         y = top + (row + 0.5) * cell[1] + row * (_GAP + every_row)
-        letters = min(LABEL, (cell[1] + _GAP) * 72 / 1.05)
-        shown, letters = _fitted(text, letters, side - 0.06)
-        page.text(_EDGE + side - 0.06, y, shown, fontsize=letters, ha="right", va="center")
+        shown = shorten(text, side - 0.06, letters)
+        page.text(_EDGE + side - 0.06, y, shown, ha="right", va="center", **style)
     # Shown in slabs, cut where it is white: matplotlib takes some 90 bytes for each pixel of one.
     step = cell[1] + _GAP + every_row
     cuts = [round((top + row * step - _GAP / 2) * pixels) for row in range(rows)]
     for above, below in pairwise([0, *cuts, len(canvas)]):
-        extent = (0, width, below / pixels, above / pixels)
-        page.imshow(canvas[above:below], extent=extent, interpolation="antialiased")
-    page.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
-    page.set_axis_off()
+        extent = (0, whole, below / pixels, above / pixels)
+        style = {"interpolation": "antialiased", "aspect": "auto"}
+        page.imshow(canvas[above:below], extent=extent, **style)
     return figure
+
+
+def _label(page: Axes, text: str, x: float, y: float, wide: float, *, va: Any) -> None:
+    """A text in the middle above or below something `wide`."""
+    style: dict[str, Any] = {"fontsize": SMALL, "color": INK, "parse_math": False}
+    page.text(x + wide / 2, y, shorten(text, wide, SMALL), ha="center", va=va, **style)
 
 
 def _fitting(board: Board, inner: tuple[int, int], size: tuple[float, float]) -> float:
@@ -232,12 +242,10 @@ class _Painter:
         )
         patch = self._board.box
         if frame == self._board.query_frame and patch is not None:
-            # Thin lines leave the patch to be seen in small maps; but never invisible ones.
-            line = min(max(width * (patch[2] - patch[0]) * 72 / 5, 0.4), 1.6)
+            # Boxes are in pixels, whose edges lie half a pixel before their centres.
             sides = (width, height) * 2
-            # `outline_box` takes pixels, whose edges lie half a pixel before their centres.
             edges = [s * n + o + 0.5 for s, n, o in zip(patch, sides, (x, y) * 2, strict=True)]
-            outline_box(self._page, edges, strokes=(("black", 1.9 * line), ("#00e05a", line)))
+            mark_query(self._page, edges)
 
     def _picture(self, frame: int, size: tuple[int, int]) -> NDArray[np.float32]:
         """The picture of a frame; black where there is none."""
@@ -273,77 +281,24 @@ class _Bar:
     def __init__(
         self, normalizer: Normalize, scale: str, board: Board, left: float, page: float
     ) -> None:
-        top = normalizer.vmax or 0.0
-        self._clipped = any(float(heat.max()) > top for heat in board.values())
+        self._clipped = any(is_clipped(heat, normalizer) for heat in board.values())
         self._normalizer, self._left = normalizer, left
         self._width = min(_BAR[0], page - _EDGE - 0.15 - left)
-        words = f"{scale} (white: above)" if self._clipped else scale
-        self._lines = _wrapped(_plain(words), SMALL, self._width + 0.15)
-        self._words = len(self._lines) * SMALL * _LINE / 72 + 0.03
-        self.height = self._words + _BAR[1] + 0.17
+        self._words = wrap(scale, self._width + 0.15, SMALL)
+        self._bar_top = text_height(self._words, SMALL) + 0.03
+        self.height = self._bar_top + _BAR[1] + 0.17
 
     def draw(self, figure: NotebookFigure, top: float, cmap: str | Colormap) -> None:
-        """Draw it from `top` of the page on, which is the figure's first axes."""
-        width, height = figure.get_size_inches()
-        for number, line in enumerate(self._lines):
-            y = top + number * SMALL * _LINE / 72
-            figure.axes[0].text(self._left, y, line, fontsize=SMALL, va="top")
-        bottom = top + self._words + _BAR[1]
-        place = (self._left / width, 1 - bottom / height, self._width / width, _BAR[1] / height)
+        """Draw it from `top` of the figure on, in inches."""
+        figure.write(self._left, top, self._words, size=SMALL, color=INK)
+        axes = figure.add_box(self._left, top + self._bar_top, self._width, _BAR[1])
         bar = figure.colorbar(
             ScalarMappable(norm=self._normalizer, cmap=colour_map(cmap)),
-            cax=figure.add_axes(place),
+            cax=axes,
             orientation="horizontal",
             extend="max" if self._clipped else "neither",
         )
-        if "Log" not in type(self._normalizer).__name__:
+        if axes.get_xscale() != "log":
             bar.locator = MaxNLocator(4 if self._width > 1.5 else 2)
-        bar.ax.tick_params(labelsize=SMALL - 0.5, length=2, pad=1.5, width=0.5)
-        bar.outline.set_linewidth(0.5)
-
-
-# -- text ----------------------------------------------------------------------------------------
-
-
-def _label(page: Axes, text: str, x: float, y: float, wide: float, *, va: Any) -> None:
-    """A text in the middle above or below something `wide`."""
-    shown, size = _fitted(_plain(text), SMALL, wide)
-    page.text(x + wide / 2, y, shown, fontsize=size, ha="center", va=va)
-
-
-def _plain(text: str) -> str:
-    """A text as it is: names are no formulas."""
-    return harmless(text).replace("$", r"\$")
-
-
-def _length(text: str, size: float) -> float:
-    """How many inches wide a text is in letters of a size."""
-    plain = text.replace(r"\$", "$")
-    wide, _, _ = text_to_path.get_text_width_height_descent(plain, FontProperties(size=size), False)
-    return float(wide) / 72
-
-
-def _fitted(text: str, size: float, wide: float) -> tuple[str, float]:
-    """A text and the size of letters in which it fits, shortened where they would be too small."""
-    long = _length(text, size)
-    if long <= wide:
-        return text, size
-    fitting = max(size * wide / long, min(size, SMALLEST + 1))
-    keep = int(len(text) * wide / _length(text, fitting))
-    if keep < len(text):
-        # Names differ at their ends more than in the middle.
-        ending = max(keep - 1, 1) * 2 // 3
-        text = f"{text[: max(keep - 1 - ending, 0)]}…{text[len(text) - ending :]}"
-    return text, fitting
-
-
-def _wrapped(text: str, size: float, wide: float) -> list[str]:
-    """A text as lines of at most a width."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and _length(longer, size) <= wide:
-            lines[-1] = longer
-        else:
-            lines.append(_fitted(word, size, wide)[0])
-    return lines
+        axes.tick_params(labelsize=SMALL - 0.5, length=2, pad=1.5, width=0.5, labelcolor=INK)
+        bar.outline.set(color=QUIET, linewidth=0.5)

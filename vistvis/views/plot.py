@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -26,7 +27,7 @@ from vistvis.views.maps import (
     scene_of,
     site_maps,
 )
-from vistvis.views.painting import ALPHA, CMAP, normalizer
+from vistvis.views.painting import ALPHA, CMAP, normalizer, scale_text
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
@@ -40,11 +41,6 @@ Heads: TypeAlias = "SupportsIndex | str | Sequence[SupportsIndex | str] | None"
 
 # More frames than these are not all shown, unless they are asked for.
 MOST_FRAMES = 9
-_SCALES = {
-    "linear": "up to the largest",
-    "log": "logarithmic",
-    "percentile": "up to the 99th percentile",
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Look:
     norm: str = "auto"
     cmap: str | Colormap = CMAP
     alpha: float = ALPHA
-    width: float | None = None
+    width: str | float | None = None
     title: str = ""
 
 
@@ -74,7 +70,7 @@ def plot(
     norm: str = "auto",
     cmap: str | Colormap = CMAP,
     alpha: float = ALPHA,
-    width: float | None = None,
+    width: str | float | None = None,
     title: str | None = None,
     progress: bool | None = None,
 ) -> NotebookFigure:
@@ -112,7 +108,7 @@ def plot(
         The scale ("auto", "linear", "log", "percentile"; see `views.painting.normalizer`), the
         matplotlib colour map, and how far the maps hide the picture.
     width
-        In inches; default: as wide as it takes.
+        "column" (3.35 inches), "double" (6.9) or inches; default: as wide as it takes.
     title
         What stands before the query; by default the model of a run.
     progress
@@ -138,35 +134,56 @@ def plot(
             f"for a run's folder pass open_run(folder), got {type(source).__name__}"
         )
     if title is None:
-        title = getattr(source, "model", None) or ""
+        title = model_title(getattr(source, "model", None) or "")
     look = Look(heads, frames, names, norm, cmap, alpha, width, title)
     chosen = chosen_names(source, sites)
     images = getattr(source, "images", None) if images is None else images
     layout = layout_of(source, chosen, images)
     scene = scene_of(layout, query, batch=operator.index(batch))
     pictures = {} if images is None else pictures_of(images, scene)
-    found, reasons = [], {}
+    gathered = Gathered(scene)
     for name in bar(chosen, "attention", shown=progress, unit="site", delay=0.5):
+        gathered.take(name, partial(_site, source, name))
+    return gathered.draw(pictures, look)
+
+
+def model_title(model: str) -> str:
+    """What a title says of a model."""
+    name = model.removesuffix("@random")
+    return model if name == model else f"{name}, untrained weights"
+
+
+def _site(source: Mapping[str, Attention], name: str) -> Attention:
+    return last_of(source[name])
+
+
+class Gathered:
+    """The maps of a scene's query at one site after another, and why others have none."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self._found: list[SiteMaps] = []
+        self._reasons: dict[str, str] = {}
+
+    def take(self, name: str, site: Callable[[], Attention]) -> None:
+        """Compute the maps of a site; it is not kept."""
         try:
-            found.append(site_maps(name, last_of(source[name]), scene))
+            self._found.append(site_maps(name, site(), self.scene))
         except (CaptureError, InputError, IndexOutOfRange, LayoutError) as error:
-            reasons[name] = str(error)
-    tell_left_out(reasons, found)
-    return draw_sites(found, scene, pictures, look)
+            self._reasons[name] = str(error)
+
+    def draw(self, pictures: Mapping[int, NDArray[np.float32]], look: Look) -> NotebookFigure:
+        """Draw what there is, and warn of what is left out; LayoutError where there is nothing."""
+        if self._reasons:
+            told = "; ".join(f"{name!r} {why}" for name, why in list(self._reasons.items())[:3])
+            more = f"; and {len(self._reasons) - 3} more sites" if len(self._reasons) > 3 else ""
+            if not self._found:
+                raise LayoutError(f"no site can be drawn: {told}{more}")
+            warnings.warn(f"left out: {told}{more}", VistvisWarning, stacklevel=3)
+        return _draw_sites(self._found, self.scene, pictures, look)
 
 
-def tell_left_out(reasons: Mapping[str, str], found: Sequence[SiteMaps]) -> None:
-    """Warn of sites that can't be drawn; LayoutError where there is no other."""
-    if not reasons:
-        return
-    told = "; ".join(f"{name!r} {why}" for name, why in list(reasons.items())[:3])
-    more = f"; and {len(reasons) - 3} more sites" if len(reasons) > 3 else ""
-    if not found:
-        raise LayoutError(f"no site can be drawn: {told}{more}")
-    warnings.warn(f"left out: {told}{more}", VistvisWarning, stacklevel=3)
-
-
-def draw_sites(
+def _draw_sites(
     found: Sequence[SiteMaps],
     scene: Scene,
     pictures: Mapping[int, NDArray[np.float32]],
@@ -197,6 +214,7 @@ def draw_sites(
         query_frame=scene.place.frame,
         box=box and (x0 / width, y0 / height, x1 / width, y1 / height),
     )
+    normal, scale = _scale(board, scene, look.norm)
     parts = (
         look.title,
         found[0].name if len(found) == 1 else "",
@@ -205,11 +223,11 @@ def draw_sites(
     )
     return draw_board(
         board,
-        normalizer=_scale(board, scene, look.norm),
+        normalizer=normal,
         cmap=look.cmap,
         alpha=look.alpha,
         title=", ".join(filter(None, parts)),
-        scale=_words(scene, look.norm),
+        scale=f"attention weight, {scale}",
         width=look.width,
     )
 
@@ -327,27 +345,21 @@ def _frames(
     return sorted(np.argsort(-mass, kind="stable")[:MOST_FRAMES].tolist())
 
 
-def _words(scene: Scene, norm: str) -> str:
-    """What the colour bar says of the scale."""
-    if norm != "auto":
-        return f"attention weight, {_SCALES[norm]}"
-    beside = " outside the query's patch and its neighbours" if scene.place.is_patch else ""
-    return f"attention weight, up to the largest{beside}"
-
-
-def _scale(board: Board, scene: Scene, norm: str) -> Normalize:
-    """One colour scale for all maps that are shown."""
-    values = []
+def _scale(board: Board, scene: Scene, norm: str) -> tuple[Normalize, str]:
+    """One colour scale for all maps that are shown, and what it is in words."""
+    values = np.concatenate([heat.ravel() for heat in board.values()])
+    row, col = scene.place.row, scene.place.col
+    others = []
     for tiles in board.cells.values():
         for frame, heat in tiles.items():
             if heat is None:
                 continue
             counted = np.array(heat)
-            row, col = scene.place.row, scene.place.col
             if norm == "auto" and frame == scene.place.frame and row is not None is not col:
                 counted[max(row - 1, 0) : row + 2, max(col - 1, 0) : col + 2] = np.nan
-            values.append(counted.ravel())
-    every = np.concatenate(values)
-    if not np.nanmax(every, initial=0) > 0:  # nothing but the query's surroundings
-        every = np.concatenate([heat.ravel() for heat in board.values()])
-    return normalizer(every, norm=norm)
+            others.append(counted.ravel())
+    # Maps may be of several grids, so that `normalizer` can't be told where the query lies in each.
+    kept = np.concatenate(others)
+    scale = normalizer(kept if np.nanmax(kept, initial=0) > 0 else values, norm=norm)
+    own = None if row is None or col is None else (0, row, col)
+    return scale, scale_text(values, scale, norm=norm, own=own)
