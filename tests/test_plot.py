@@ -135,6 +135,19 @@ def test_a_layout_with_other_special_tokens_is_asked_for_the_same_patch() -> Non
     np.testing.assert_allclose(found.frames[1], row.numpy(), atol=1e-6)
     with pytest.raises(LayoutError, match="no special token of kind 'camera'"):
         site_maps("dino", attention, scene_of(LAYOUT, "camera@1"))
+    coarse = TokenLayout(1, (2, 3), (), 16)
+    attention = random_site("coarse", layout=coarse, batch=3, frames_in_batch=True)
+    with pytest.raises(LayoutError, match="another grid"):
+        site_maps("coarse", attention, scene_of(LAYOUT, QUERY))
+
+
+def test_the_second_of_a_kind_of_special_tokens() -> None:
+    whole = TokenLayout(3, (4, 6), ("register", "register"), 8)
+    own = TokenLayout(1, (4, 6), ("cls", "register", "register"), 8)
+    attention = random_site("own", layout=own, batch=3, frames_in_batch=True)
+    found = site_maps("own", attention, scene_of(whole, "register1@2"))
+    row = attention.dense()[2, :, 2, 3:].reshape(2, 4, 6)
+    np.testing.assert_allclose(found.frames[2], row.numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +241,9 @@ def test_of_many_frames_those_that_get_most() -> None:
     weights = torch.full((1, 1, 48, 48), 1e-3)
     weights[..., 4 * 7 : 4 * 12] = 0.01
     attention = given("x", weights, query_layout=layout, key_layout=layout)
-    figure = vistvis.plot(attention, "1:r0,c0")
+    figure = vistvis.plot(attention, "6:r0,c0")
     shown = [text for text in texts_of(figure) if text.startswith("frame ")]
-    assert shown == [f"frame {n}" for n in (0, 1, 2, 3, 7, 8, 9, 10, 11)]
+    assert shown == [f"frame {n}" for n in (0, 1, 2, 6, 7, 8, 9, 10, 11)]
     assert texts_of(figure)[0].endswith("9 of 12 frames")
     figure = vistvis.plot(attention, frames=[11, 5])
     assert [t for t in texts_of(figure) if t.startswith("frame ")] == ["frame 11", "frame 5"]
