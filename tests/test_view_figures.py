@@ -92,7 +92,7 @@ def test_the_bar_of_a_scale_says_what_lies_above_it() -> None:
             figure = NotebookFigure(figsize=(4, 2))
             axes = figure.add_box(3, 0.2, 0.1, 1.6)
             colour_bar(axes, normalizer=scale, cmap="viridis", clipped=clipped, size=8)
-            assert axes.get_ylabel() == "attention weight" + ", log scale" * (norm == "log")
+            assert axes.get_ylabel() == "attention weight"
             assert axes.get_ylim() == pytest.approx((scale.vmin, scale.vmax))
             figure.canvas.draw()
             (bar,) = (a._colorbar for a in figure.axes if hasattr(a, "_colorbar"))

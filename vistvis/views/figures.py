@@ -252,7 +252,9 @@ def colour_bar(
     )
     bar.outline.set(color=QUIET, linewidth=0.5)
     logarithmic = axes.get_yscale() == "log"
-    bar.set_label("attention weight" + ", log scale" * logarithmic, fontsize=size)
+    label = "attention weight"
+    fits = text_width(label, size) <= height / axes.figure.dpi
+    bar.set_label(label if fits else "weight", fontsize=size)
     axes.tick_params(labelsize=size - 0.5, length=2.5, width=0.5, color=QUIET, labelcolor=INK)
     axes.tick_params(which="minor", length=1.5, width=0.4, color=QUIET)
     if not logarithmic:
