@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -248,12 +249,13 @@ def _check_block(model: nn.Module, block: int, head: int | str) -> None:
 
 
 def _next(answer: Answer, arguments: argparse.Namespace) -> str:
-    """The command that shows more of the same."""
-    photos = " ".join(arguments.images)
-    shown = f"vistvis demo {photos} ".replace("  ", " ")
-    if answer.values and next(iter(answer.values.values())).head != "mean":
-        return f"{shown}--head mean"
-    return f"{shown}--query 0:middle --norm log"
+    """The same query, seen another way."""
+    query = "" if arguments.query is None else f"--query '{arguments.query.text}'"
+    (head,) = {values.head for values in answer.values.values()}
+    other = "--norm log" if head == "mean" else "--head mean"
+    model = "" if arguments.model == TINY else f"--model {arguments.model}"
+    words = ["vistvis demo", *map(shlex.quote, arguments.images), model, query, other]
+    return " ".join(filter(None, words))
 
 
 def report(answer: Answer, loaded: LoadedImages, name: str, *, trained: bool) -> list[str]:

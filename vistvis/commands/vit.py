@@ -137,7 +137,7 @@ def _draw(
     figure = head_grid(
         to_rgb(loaded.pictures)[0, 0],
         maps,
-        title=f"{model}, {site}, query: {place.kind} (token {token})",
+        title=f"{model.partition('@')[0]}, {site}, query: {place.kind} (token {token})",
         names=labels,
         photo=Path(arguments.photo).name,
         box=place.box,
