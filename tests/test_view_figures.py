@@ -166,7 +166,7 @@ def test_heads_fill_their_page(heads: int, width: str | None) -> None:
     figure.canvas.draw()
     across, down = figure.canvas.get_width_height()
     panels = [axes for axes in figure.axes if axes.images]
-    assert len(panels) == heads + 1
+    assert len(panels) == heads + 1 + (heads > 1)  # the picture, and the mean
     boxes = [axes.get_tightbbox() for axes in figure.axes]
     boxes += [text.get_window_extent() for text in figure.texts]
     for box in boxes:
@@ -194,6 +194,11 @@ def test_heads_share_one_scale_that_leaves_out_the_query() -> None:
     )
     assert figure.axes[-1].get_ylim()[1] <= 0.01
     assert figure.axes[0].get_title(loc="left") == "a$b.jpg"
+    titles = [axes.get_title(loc="left") for axes in figure.axes[1:-1]]
+    assert titles == ["mean of 3 heads", "head 0", "head 1", "head 2"]
+    mean = head_grid(IMAGE, maps(3).mean(0, keepdims=True), norm="linear").axes[1].images[0]
+    alike = head_grid(IMAGE, np.repeat(maps(3).mean(0, keepdims=True), 2, 0), norm="linear")
+    assert (mean.get_array() == alike.axes[1].images[0].get_array()).all()
     assert (figure.axes[1].images[0].get_array()[7, 12] == 255).all()
     figure.png()
     linear = head_grid(IMAGE, maps(3), box=(10, 5, 15, 10), norm="linear")

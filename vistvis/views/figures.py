@@ -232,10 +232,10 @@ def points_of(axes: Axes, pixels: float) -> float:
 def mark_query(axes: Axes, box: Sequence[float], *, clip_on: bool = False) -> Rectangle:
     """Outline a query's patch, a box as of `outline_box`, in lines that leave its middle free.
 
-    Of its three colours one stands out on any picture.
+    As in overlays, green within white: one of the two stands out on any picture.
     """
     line = min(max(0.14 * points_of(axes, box[2] - box[0]), 0.5), 1.5)
-    strokes = (("black", 2.4 * line), ("white", 1.8 * line), (MARK, line))
+    strokes = (("white", 2.2 * line), (MARK, line))
     return outline_box(axes, box, strokes=strokes, zorder=5, clip_on=clip_on, joinstyle="miter")
 
 

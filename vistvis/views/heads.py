@@ -64,7 +64,8 @@ def head_grid(
     Parameters
     ----------
     names
-        One for each map; by default `head 0`, `head 1`, …
+        One for each map; by default `head 0`, `head 1`, …, and the mean of several heads is drawn
+        before them.
     photo
         The picture's name, which stands above it.
     box
@@ -92,6 +93,9 @@ def head_grid(
     labels = list(names) if names is not None else [f"head {i}" for i in range(len(values))]
     if len(labels) != len(values):
         raise InputError(f"{len(values)} maps need as many names, got {len(labels)}")
+    if names is None and len(values) > 1:
+        values = np.concatenate([values.mean(0, keepdims=True), values])
+        labels = [f"mean of {len(labels)} heads", *labels]
     own = None if box is None else _own(box, image.shape[:2], values.shape[1:])
     scale = normalizer(values, norm=norm, own=own)
     wide = None if width is None else inches_of(width)
