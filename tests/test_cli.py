@@ -232,6 +232,7 @@ def test_what_commands_say_of_themselves_needs_no_torch() -> None:
     code = (
         "import sys, argparse\n"
         "from vistvis import cli\n"
+        "cli.overview()\n"
         "for name in ('demo', 'overlay', 'vit'):\n"
         "    cli.parser_of(name, cli.load(name)).format_help()\n"
         "slow = {'torch', 'numpy', 'matplotlib', 'timm', 'PIL'} & set(sys.modules)\n"
