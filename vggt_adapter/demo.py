@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +91,12 @@ def demo_visualize_token_attention(
     place, requested = choose_token(ready, loaded, token_idx, allow_special=allow_special)
     query = Query(requested, head_idx, renormalize=renormalize)
     answer = ask(ready, loaded, place, query, block_idx=block_idx, attention_types=attention_types)
-    figures = answer.draw(norm=norm, pictures=loaded.sharp())
+    figures = answer.draw(
+        norm=norm,
+        pictures=loaded.sharp(),
+        names=[path.name for path in loaded.paths],
+        untrained=not getattr(ready, "trained", True),
+    )
     if output_dir is not None:
         answer.write(figures, output_dir)
     return figures, answer.result
@@ -168,10 +175,19 @@ def run(arguments: argparse.Namespace) -> int:
     _check_block(model, block, head)
     query = Query(requested, head, renormalize=arguments.renormalize)
     answer = ask(model, loaded, place, query, block_idx=block, attention_types=arguments.types)
-    figures = answer.draw(pictures=loaded.sharp(), **_options.look_of(arguments))
-    written = answer.write(figures, arguments.out, formats=arguments.format)
     trained = getattr(model, "trained", True)
+    figures = answer.draw(
+        pictures=loaded.sharp(),
+        names=[path.name for path in loaded.paths],
+        untrained=not trained,
+        **_options.look_of(arguments),
+    )
+    written = answer.write(figures, arguments.out, formats=arguments.format)
     print("\n".join(report(answer, loaded, arguments.model, trained=trained)))
+    norm = arguments.norm or _options.NORMS[0]
+    for kind, values in answer.values.items():
+        if dark := [f"frame {frame}" for frame in values.dark_frames(norm=norm)]:
+            print(f"\n{kind} attention: {_options.dark_text(dark, norm)}")
     print(f"\nwritten to {Path(arguments.out).resolve()}:")
     for path in written:
         print(f"  {path.name}")
@@ -233,12 +249,13 @@ def _check_block(model: nn.Module, block: int, head: int | str) -> None:
 
 
 def _next(answer: Answer, arguments: argparse.Namespace) -> str:
-    """The command that shows more of the same."""
-    photos = " ".join(arguments.images)
-    shown = f"vistvis demo {photos} ".replace("  ", " ")
-    if answer.values and next(iter(answer.values.values())).head != "mean":
-        return f"{shown}--head mean"
-    return f"{shown}--query 0:middle --norm log"
+    """The same query, seen another way."""
+    query = "" if arguments.query is None else f"--query '{arguments.query.text}'"
+    (head,) = {values.head for values in answer.values.values()}
+    other = "--norm log" if head == "mean" else "--head mean"
+    model = "" if arguments.model == TINY else f"--model {arguments.model}"
+    words = ["vistvis demo", *map(shlex.quote, arguments.images), model, query, other]
+    return " ".join(filter(None, words))
 
 
 def report(answer: Answer, loaded: LoadedImages, name: str, *, trained: bool) -> list[str]:
@@ -263,10 +280,13 @@ def report(answer: Answer, loaded: LoadedImages, name: str, *, trained: bool) ->
         lines[-1] += mass if values.head != "max" else ""
         lines.append("  frame  strongest patch                       weight   frame's share")
         for match in values.matches:
+            share = "" if math.isnan(match.share) else f"{100 * match.share:>11.1f} %"
             lines.append(
                 f"  {match.place.frame:>5}  {_where(match.place, loaded):<36}"
-                f"{match.weight:>8.3g}   {100 * match.share:>11.1f} %"
+                f"{match.weight:>8.3g}   {share}{'  weak' * match.weak}".rstrip()
             )
+        if any(match.weak for match in values.matches):
+            lines.append("  weak: hardly more than if the query looked nowhere in particular")
     return lines
 
 

@@ -66,8 +66,7 @@ class Answer:
             numbers = values.as_dict()
             block, token = self.result["block_idx"], values.query.token
             stem = f"block_{block}_head_{values.head}_token_{token}"
-            files = [Path(folder) / f"{kind}_{stem}.{ending}" for ending in formats]
-            written += [figures[kind].save(file) for file in files]
+            written += figures[kind].save_as(Path(folder) / f"{kind}_{stem}", formats)
             for part in ("attention_maps", "attention_maps_resized"):
                 arrays[f"{kind}_{part}"] = numbers[part]
             arrays["images"] = (values.images * 255).round().astype(np.uint8)

@@ -149,10 +149,10 @@ def folder(text: str) -> Path:
     try:
         while not there.exists() and there != there.parent:
             there = there.parent
-        if not there.is_dir():
-            raise InputError(f"{there} is a file, and a folder is meant; choose another name")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{_shown(text)} can't be a folder's name: {error}") from error
+    except (OSError, ValueError) as error:  # too long, or with a NUL
+        raise InputError(f"{_shown(text)} can't be a folder's name; choose another") from error
+    if not there.is_dir():
+        raise InputError(f"{there} is a file, and a folder is meant; choose another name")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"nothing can be written in {there}; choose another folder")
     return chosen
@@ -195,6 +195,12 @@ def look_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was said of `add_look`, as keywords of a view."""
     said = {name: getattr(arguments, name) for name in ("norm", "cmap", "alpha")}
     return {name: value for name, value in said.items() if value is not None}
+
+
+def dark_text(names: Sequence[str], norm: str) -> str:
+    """What to try where pictures are dark, though there is something in them."""
+    other = "log" if norm != "log" else "percentile"
+    return f"dark on this scale: {', '.join(names)}; --norm {other} shows what is there"
 
 
 def add_place(parser: Any, *, default: str = "that of the weights") -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vistvis.commands import _options
-from vistvis.errors import IndexOutOfRange, InputError
+from vistvis.errors import DisplayError, IndexOutOfRange, InputError
 from vistvis.queries import Pixel, TokenQuery, parse_query
 
 if TYPE_CHECKING:
@@ -90,20 +92,20 @@ def run(arguments: argparse.Namespace) -> int:
     if "cmap" in look:
         look["cmap_name"] = look.pop("cmap")
     count = 0
-    for frame, tokens in _by_frame(asked, layers, arguments.query_frame).items():
-        written = run_overlay_for_reconstruction(
-            source,
-            query_frame_idx=frame,
-            query_idx=tokens,
-            key_frame_idx=_key_frames(arguments.key_frame, frame),
-            head=_heads(arguments.head),
-            output_path=arguments.out,
-            metadata=metadata,
-            is_cross_attention=arguments.cross_attention,
-            batch_idx=arguments.batch,
-            layers=sites,
-            **look,
-        )
+    frames = _by_frame(asked, layers, arguments.query_frame)
+    draw = partial(
+        run_overlay_for_reconstruction,
+        source,
+        output_path=arguments.out,
+        metadata=metadata,
+        is_cross_attention=arguments.cross_attention,
+        batch_idx=arguments.batch,
+        layers=sites,
+        **look,
+    )
+    for (frame, tokens), head in product(frames.items(), _heads(arguments.head)):
+        keys = _key_frames(arguments.key_frame, frame)
+        written = draw(query_frame_idx=frame, query_idx=tokens, key_frame_idx=keys, head=head)
         count += sum(len(paths) for paths in written.values())
     print(f"{count} overlay{'s' if count != 1 else ''} under {arguments.out}")
     if arguments.pdf:
@@ -181,17 +183,29 @@ def _check(layers: Layers, arguments: argparse.Namespace, sites: Any) -> None:
 
 def _by_frame(
     asked: list[TokenQuery | str], layers: Layers, default: int | None
-) -> dict[int, list[int] | str]:
+) -> dict[int, list[int]]:
     """The tokens of each frame, counted within it."""
-    frames: dict[int, Any] = {}
+    frames: dict[int, list[int]] = {}
     for query in asked:
         if isinstance(query, str):
-            return {default or 0: CLICKED}
-        place = layers.layout.locate(
-            query.within(default or 0).index(layers.layout, to_model=_no_pixels)
-        )
+            return {default or 0: _clicked(layers, default or 0)}
+        token = query.within(default or 0).index(layers.layout, to_model=_no_pixels)
+        place = layers.layout.locate(token)
         frames.setdefault(place.frame_idx, []).append(place.token_in_frame)
     return frames
+
+
+def _clicked(layers: Layers, frame: int) -> list[int]:
+    from vistvis.views.pick import pick_patches
+
+    fix = f"name a token, as in --query {frame}:r13,c15"
+    try:
+        tokens = pick_patches(layers.images[frame], layers.layout, title=f"frame {frame}")
+    except DisplayError as error:
+        raise DisplayError(f"no window to click in can be opened here; {fix}") from error
+    if not tokens:
+        raise InputError(f"no patch was clicked, so there is no query to draw; {fix}")
+    return tokens
 
 
 def _no_pixels(frame: int, x: float, y: float) -> Pixel:
@@ -207,6 +221,9 @@ def _key_frames(asked: list[int | str] | None, frame: int) -> Any:
     return "all" if "all" in asked else asked
 
 
-def _heads(asked: list[int | str]) -> Any:
-    """As the overlays take them: one word, or numbers and words."""
-    return "all" if "all" in asked else (asked[0] if len(asked) == 1 else asked)
+def _heads(asked: list[int | str]) -> list[Any]:
+    """As the overlays take them, one after the other: a word, or a list of numbers."""
+    if "all" in asked:
+        return ["all"]
+    numbers = [head for head in asked if isinstance(head, int)]
+    return [*([numbers] if numbers else []), *(["mean"] if "mean" in asked else [])]

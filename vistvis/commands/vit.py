@@ -120,6 +120,7 @@ def _draw(
     from vistvis.files import atomic_file
     from vistvis.images import to_rgb
     from vistvis.views.heads import head_grid
+    from vistvis.views.painting import dark_maps, normalizer
 
     if attention.shape[3] != layout.num_tokens:
         raise LayoutError(
@@ -132,26 +133,32 @@ def _draw(
     maps = layout.maps(rows)[:, 0]
     place = layout.locate(token)
     labels = ["mean of heads" if head == "mean" else f"head {head}" for head in heads]
-    title = f"{model}, {site}, query: {place.kind} (token {token})"
+    look = _options.look_of(arguments)
     figure = head_grid(
         to_rgb(loaded.pictures)[0, 0],
         maps,
-        title=title,
+        title=f"{model.partition('@')[0]}, {site}, query: {place.kind} (token {token})",
         names=labels,
+        photo=Path(arguments.photo).name,
         box=place.box,
-        **_options.look_of(arguments),
+        untrained=model.endswith("@random"),
+        **look,
     )
-    stem = _stem(arguments, model, site)
-    files = [
-        figure.save(arguments.out / f"{stem}.{ending}", dpi=110) for ending in arguments.format
-    ]
-    values = arguments.out / f"{stem}.npz"
+    stem = arguments.out / _stem(arguments, model, site)
+    files = figure.save_as(stem, arguments.format)
+    values = Path(f"{stem}.npz")
     with atomic_file(values, sync=False) as file:
         np.savez(file, rows=rows.numpy(), maps=maps.numpy(), token=token, grid=layout.grid)
     print(f"{site}: {attention.shape[1]} heads, {layout}")
     for label, row, patches in zip(labels, rows, maps.sum((1, 2)), strict=True):
         best = layout.locate(int(row.argmax()))
         print(f"  {label}: strongest {best} {float(row.max()):.4f}, on patches {patches:.3f}")
+    norm = arguments.norm or _options.NORMS[0]
+    own = None
+    if place.row is not None and place.col is not None:
+        own = slice(None), place.row, place.col
+    if dark := dark_maps(maps, normalizer(maps, norm=norm, own=own)):
+        print("  " + _options.dark_text([labels[number] for number in dark], norm))
     return [*files, values]
 
 
