@@ -31,6 +31,13 @@ MODES = ("crop", "pad")
 ATTENTION_TYPES = ("frame", "global")
 
 
+class Figures(list[tuple[str, "NotebookFigure"]]):
+    """Figures with their attention types, in order; a type is a key too."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return dict(self)[key] if isinstance(key, str) else super().__getitem__(key)
+
+
 def demo_visualize_token_attention(
     image_paths: Sequence[PathLike] | None = None,
     block_idx: SupportsIndex = 23,
@@ -47,7 +54,7 @@ def demo_visualize_token_attention(
     renormalize: bool = False,
     allow_special: bool = False,
     output_dir: PathLike | None = None,
-) -> tuple[dict[str, NotebookFigure], dict[str, Any]]:
+) -> tuple[Figures, dict[str, Any]]:
     """Load pictures and a model, look at one token, draw it.
 
     Parameters
@@ -73,12 +80,12 @@ def demo_visualize_token_attention(
     head_idx, norm, renormalize, allow_special
         As in `visualize_attention_on_image`.
     output_dir
-        Write the figures (PNG) and their numbers (`values_….npz`, see `Answer.write`) there.
+        Write the figures (PNG) and their numbers (`values.npz`, see `Answer.write`) there.
 
     Returns
     -------
-    `{"frame": figure, "global": figure}`, those that were asked for, and what
-    `extract_both_attentions` returns.
+    `[("frame", figure), ("global", figure)]` in the order of `attention_types`, where a type is a
+    key too (`figures["global"]`), and what `extract_both_attentions` returns.
 
     InputError if pictures can't be read, a block does not exist, or arguments contradict each
     other; IndexOutOfRange if the head does not exist. Cost: one forward pass.
@@ -99,7 +106,7 @@ def demo_visualize_token_attention(
     )
     if output_dir is not None:
         answer.write(figures, output_dir)
-    return figures, answer.result
+    return Figures(figures.items()), answer.result
 
 
 # -- the command ---------------------------------------------------------------------------------

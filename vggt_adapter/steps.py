@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -56,10 +57,11 @@ class Answer:
     ) -> list[Path]:
         """The figures, and their numbers as an NPZ file, which numpy reads without pickle.
 
-        That is `values_block_<b>_head_<h>_token_<t>.npz`, so that another query does not replace
-        it. It holds `frame_attention_maps` `(rows, cols)`, `global_attention_maps`
-        `(S, rows, cols)`, both also `…_resized`, `images` `(S, H, W, 3)` as uint8, and `metadata`,
-        a JSON text by attention type. Each file is whole or not there. Returns the paths.
+        That is `values.npz`, or `values_block_<b>_head_<h>_token_<t>.npz` where the folder has one
+        of another query or of other pictures. It holds `frame_attention_maps` `(rows, cols)`,
+        `global_attention_maps` `(S, rows, cols)`, both also `…_resized`, `images` `(S, H, W, 3)` as
+        uint8, and `metadata`, a JSON text by attention type. Each file is whole or not there.
+        Returns the paths.
         """
         written, arrays, stem = [], {}, ""
         for kind, values in self.values.items():
@@ -71,10 +73,22 @@ class Answer:
                 arrays[f"{kind}_{part}"] = numbers[part]
             arrays["images"] = (values.images * 255).round().astype(np.uint8)
         metadata = {kind: values.metadata for kind, values in self.values.items()}
-        target = Path(folder) / f"values_{stem}.npz"
+        arrays["metadata"] = np.array(json.dumps(metadata))
+        target = Path(folder) / "values.npz"
+        if target.exists() and not _is_of(target, arrays):
+            target = target.with_name(f"values_{stem}.npz")
         with atomic_file(target, sync=False) as file:
-            np.savez_compressed(file, **arrays, metadata=np.array(json.dumps(metadata)))
+            np.savez_compressed(file, **arrays)
         return [*written, target]
+
+
+def _is_of(file: Path, arrays: Mapping[str, Any]) -> bool:
+    """Whether a file of numbers is of the same query and pictures."""
+    try:
+        with np.load(file) as there:
+            return all(np.array_equal(there[name], arrays[name]) for name in ("metadata", "images"))
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return False
 
 
 def load_model(

@@ -27,6 +27,7 @@ from vistvis.attention.rows import DENSE_LIMIT, LazyRows, Selection
 from vistvis.attention.segments import fill_box, ranges
 from vistvis.attention.site import SiteInfo
 from vistvis.errors import InputError
+from vistvis.names import html_table
 from vistvis.progress import progress as bar
 
 
@@ -141,6 +142,18 @@ class Attention(LazyRows):
             parts.append("WITHOUT rope")
         held, dense = bytes_text(self.nbytes), bytes_text(self._bytes_of(self.shape))
         return f"Attention({', '.join(parts)}; holds {held}, dense would be {dense})"
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            [
+                ("Attention", self.site.name if self.site else "without a site"),
+                ("kind", self.site.kind if self.site else "not said"),
+                ("weights", f"{' × '.join(map(str, self.shape))} (batch, heads, queries, keys)"),
+                ("keys are", str((self.site and self.site.key_layout) or "not said")),
+                ("holds", f"{bytes_text(self.nbytes)}"),
+                ("dense", bytes_text(self._bytes_of(self.shape))),
+            ]
+        )
 
     def with_site(self, site: SiteInfo | None) -> Attention:
         """The same weights (nothing is copied) from another site description."""
