@@ -1,6 +1,6 @@
 """Walks a page: runs its Python blocks in order in one namespace, as a reader would.
 
-    python -m guides vggt FILE        # in tests/; a guide of the earlier tools, which is not shipped
+    python -m guides vggt FILE        # in tests/; guides of the earlier tools are not shipped
 
 What a reader has and a test has not (5 GB of weights, photographs, a GPU) is replaced, by the
 tables below. A line of a table that the page does not need any more is an error, as is a block that

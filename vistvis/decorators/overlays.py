@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ _SUM_TOLERANCE_FULL = 1e-3
 def run_overlay_for_reconstruction(
     paths: AttentionPath | Mapping[str, Attention],
     *,
+    images: Any = None,
     query_frame_idx: SupportsIndex,
     query_idx: Indices,
     key_frame_idx: Indices,
@@ -73,8 +74,10 @@ def run_overlay_for_reconstruction(
     ----------
     paths
         An `AttentionPath`, a run from `open_run`, or any mapping of names to `Attention` that has
-        `images` (and `layout`, unless the sites or `metadata` say it). For those, the layer is the
-        site's name, and stands where `layer_<i>` does.
+        `images`, or `images=` here (and `layout`, unless the sites or `metadata` say it). For
+        those, the layer is the site's name, and stands where `layer_<i>` does.
+    images
+        What the model saw, as for `save_run`, where `paths` has no pictures of its own.
     query_idx
         A token, counted within the frame `query_frame_idx`, special tokens included; a list of
         them; or "interactive" to click them in a window.
@@ -128,7 +131,7 @@ def run_overlay_for_reconstruction(
         query_frame_idx, query_idx, key_frame_idx, head, metadata, is_cross_attention, batch_idx
     )
     look = Look(norm, cmap_name, alpha, eps)
-    stored = open_layers(paths, request)
+    stored = open_layers(paths, request, images)
     chosen, origin = stored.chosen(layers), origin_of(paths, stored)
     output = OverlayOutputPath(os.fspath(output_path))
     return _overlay(stored, chosen, request, look, output, origin, progress=progress)
