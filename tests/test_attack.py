@@ -33,7 +33,6 @@ def some(attack: Attack, folder: Path, share: float, count: int = 1000) -> Outco
 
 # Reds that wait for a mend: an entry goes when it is there.
 WAITS = {
-    exact.attention: "scales of another dtype, NaN in masks, indices that don't broadcast",
     flips.flips: "a damaged record of an unfinished run reads as a site that is missing",
     commands.commands: "an option given as --option=-- is a list",
 }

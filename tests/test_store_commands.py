@@ -153,7 +153,7 @@ def test_store_goes_on_with_what_was_cut_short(
         ({"--model": "vggt:/nothing/here.safetensors"}, "/nothing/here.safetensors"),
         ({"--model": "vit_tiny_patch16_224@/nothing"}, "no checkpoint /nothing"),
         ({"--sites": "nothing*"}, "nothing*"),
-        ({"PHOTO": "nothing.jpg"}, "no picture nothing.jpg"),
+        ({"PHOTO": "nothing.jpg"}, "no file 'nothing.jpg'"),
         ({"PHOTO": __file__}, "can't be read as a picture"),
         ({"--out": "/dev/null"}, "/dev/null"),
     ],
