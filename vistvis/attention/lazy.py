@@ -29,6 +29,7 @@ from vistvis.attention.site import SiteInfo
 from vistvis.errors import InputError
 from vistvis.names import html_table
 from vistvis.progress import progress as bar
+from vistvis.tokens import TokenLayout
 
 
 class Attention(LazyRows):
@@ -123,6 +124,16 @@ class Attention(LazyRows):
     def groups(self) -> int:
         """Query heads that share one key head; 1 without grouped heads."""
         return self.shape[1] // self.key.shape[1]
+
+    @property
+    def query_layout(self) -> TokenLayout | None:
+        """How the queries lie in pictures, where the site says it."""
+        return self.site.query_layout if self.site else None
+
+    @property
+    def key_layout(self) -> TokenLayout | None:
+        """How the keys lie in pictures, where the site says it."""
+        return self.site.key_layout if self.site else None
 
     def __repr__(self) -> str:
         batch, heads, queries, keys = self.shape

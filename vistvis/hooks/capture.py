@@ -23,7 +23,7 @@ from vistvis.models.sites import (
     is_torchs,
     table,
 )
-from vistvis.names import html_table
+from vistvis.names import few, html_table
 from vistvis.tokens import TokenLayout
 
 
@@ -222,6 +222,10 @@ class Capture(Mapping[str, Attention]):
         return names if self._options.asked else rest or names
 
     def _site(self, name: str) -> Site:
+        if not isinstance(name, str):
+            raise InputError(
+                f"a site is named by a string, got {name!r}; this capture has {few(list(self._chosen))}"
+            )
         site = self._sites.get(self._names.get(name, name))
         if site is None:
             choose_sites(self._every, [name])  # raises with the nearest names

@@ -138,6 +138,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def find_sites(model: nn.Module) -> SiteList:
     """The attention modules that a model's code shows, in the order of `model.named_modules()`."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"a model is a torch.nn.Module, got {type(model).__name__}")
     sites = [_site(name, module) for name, module in named_modules(model)]
     roles = families.roles_of(model)
     return SiteList(_in_role(site, roles) for site in sites if site is not None)

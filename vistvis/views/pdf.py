@@ -16,6 +16,7 @@ import numpy as np
 
 from vistvis.errors import InputError, StoreError
 from vistvis.files import atomic_file
+from vistvis.images import open_photo
 from vistvis.names import harmless
 from vistvis.progress import progress as progress_bar
 from vistvis.views.overlay_folder import (
@@ -357,12 +358,10 @@ def _aspect(table: _Table) -> float:
 
 def _picture(path: Path) -> Any:
     """A picture as Pillow has it."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as picture:
+        with open_photo(path) as picture:
             return picture.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # damaged, or a bomb
+    except (InputError, OSError, SyntaxError) as error:
         raise StoreError(f"can't read {path}: {error}; make the overlay again") from error
 
 

@@ -15,14 +15,13 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from einops import rearrange
 
 from vistvis.errors import InputError, StoreError
-from vistvis.files import atomic_file
+from vistvis.files import atomic_file, checked_path
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -94,7 +93,7 @@ def checksum(data: bytes) -> str:
 
 
 def _write(path: str, paint: Callable[[], NDArray[np.uint8]]) -> str:
-    target = Path(path)
+    target = checked_path(path)
     data = encode_png(paint())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
