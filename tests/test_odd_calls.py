@@ -14,7 +14,7 @@ from vistvis.errors import InputError
 
 
 def test_a_model_is_a_module() -> None:
-    with pytest.raises(InputError, match="a model is a torch.nn.Module, got int"):
+    with pytest.raises(InputError, match=r"a model is a torch\.nn\.Module, got int"):
         vistvis.find_sites(3)  # type: ignore[arg-type]
 
 

@@ -241,7 +241,7 @@ def test_a_picture_that_was_changed_is_not_what_was_recorded(tmp_path: Path) -> 
 
 
 def test_hostile_words_are_shown_and_do_nothing(tmp_path: Path) -> None:
-    output = overlays(tmp_path, layers=("a/../b", "x." * 70), heads=(0, 1), frames=(2,))
+    output = overlays(tmp_path, layers=("a/../b", "x." * 69 + "x"), heads=(0, 1), frames=(2,))
     drawing = a_drawing("/x/\x1b[2J\u202e) Tj" + "y" * 900, place="p" * 2000, look=Look(cmap="nö"))
     record(output, drawing, 0, 1)
     (path,) = plot_attention_for_reconstruction(tmp_path)

@@ -116,7 +116,7 @@ def test_without_a_display_the_alternatives_are_named(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(DisplayError, match="query_idx=500") as caught:
         pick_patches(IMAGE, LAYOUT)
-    assert "HTML" in str(caught.value)
+    assert "TokenLayout.index" in str(caught.value)
     assert "DISPLAY" in str(caught.value)
 
 

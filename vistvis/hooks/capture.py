@@ -223,9 +223,8 @@ class Capture(Mapping[str, Attention]):
 
     def _site(self, name: str) -> Site:
         if not isinstance(name, str):
-            raise InputError(
-                f"a site is named by a string, got {name!r}; this capture has {few(list(self._chosen))}"
-            )
+            some = few(list(self._chosen))
+            raise InputError(f"a site is named by a string, got {name!r}; there are {some}")
         site = self._sites.get(self._names.get(name, name))
         if site is None:
             choose_sites(self._every, [name])  # raises with the nearest names
