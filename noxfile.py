@@ -95,6 +95,14 @@ def repos(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def attack(session: nox.Session) -> None:
+    """Kills, flips, forgeries, interrupts, odd calls: minutes; `--quick`, `--only NAME …`."""
+    environment(session)
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    run(session, "python", "-m", "attack", *session.posargs, PYTHONPATH=path)
+
+
+@nox.session(python=False)
 def notebooks(session: nox.Session) -> None:
     """Execute the notebooks; outputs go to a temporary folder, the files stay stripped."""
     environment(session)

@@ -279,6 +279,34 @@ def test_names_that_lead_elsewhere_are_refused(name: Any) -> None:
         checked_name(name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a\x1b[31mb",
+        "a\nb",
+        "a\x7f",
+        "a\x9b",
+        "\u202eexe.a",
+        "a\u2066b",
+        "a\u2028b",
+        "\ud800",
+        "a\udc80",
+        *("CON", "nul", "Aux.tar.gz", "com1.pt", "LPT9 .x", "a:b", "a:", "a.", "a "),
+    ],
+)
+def test_names_that_mislead_or_are_none_on_another_system_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="every system") as caught:
+        checked_name(name)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "name", ["COM", "com10", "console", "a.con", "名前", "é", "a b", ".a", "می\u200cخ"]
+)
+def test_other_names_are_taken(name: str) -> None:
+    assert checked_name(name) == name
+
+
 @given(st.text(max_size=30))
 def test_an_accepted_name_stays_in_its_folder(name: str) -> None:
     try:

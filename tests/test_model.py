@@ -492,7 +492,7 @@ def test_config_survives_json() -> None:
     [
         ({"embed_dim": 100, "num_heads": 8, "patch_embed": "conv"}, r"4 · num_heads.*use 128"),
         ({"img_size": 520}, "multiple of patch_size.*use 518"),
-        ({"depth": -1}, "depth must be an integer of at least 0"),
+        ({"depth": -1}, "depth must be an integer from 0 to 1000"),
         ({"num_heads": 2.0}, "num_heads must be an integer"),
         ({"patch_embed": "dinov2_vits14"}, "384 wide.*embed_dim=1024"),
         ({"patch_embed": "resnet"}, "one of dinov2_vits14"),

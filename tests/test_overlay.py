@@ -13,8 +13,8 @@ from PIL import Image
 
 from vistvis.errors import InputError
 from vistvis.images import to_rgb
-from vistvis.views import overlay_painter
 from vistvis.views import painting as overlay
+from vistvis.views.overlay_painter import Look, OverlayPainter
 from vistvis.views.png import encode_png
 
 
@@ -161,29 +161,47 @@ def test_colours_beyond_the_ends_and_of_nan() -> None:
         overlay.colourise(np.zeros(2), cmap="yet")
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 255), st.integers(0, 255), st.floats(0, 1))
-def test_blending_is_the_weighted_sum_rounded(under: int, over: int, alpha: float) -> None:
-    image = np.full((1, 1, 3), under, np.uint8)
-    heat = np.full((1, 1, 3), over, np.uint8)
-    expected = (1 - alpha) * under + alpha * over
-    found = overlay_painter.mix(
-        overlay_painter.weigh(image, 1 - alpha), overlay_painter.weigh(heat, alpha)
-    )
-    assert np.abs(found - expected).max() <= 0.51
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0, 1), st.sampled_from(["inferno", "jet", "gray"]), st.integers(0, 2**32 - 1))
+def test_the_painter_lays_over_to_one_level(alpha: float, cmap: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    picture = rng.integers(0, 256, (3, 14, 21), dtype=np.uint8).transpose(1, 2, 0)
+    maps = rng.random((2, 2, 3), dtype=np.float32) ** 4
+    look = Look(norm="linear", cmap=cmap, alpha=alpha)
+    painter = OverlayPainter({7: picture}, look)
+    scale = overlay.normalizer(maps * 0.6)  # something lies above it
+    for own in (True, False):
+        values = overlay.stretch(maps[0]) if own else maps[0]
+        heat = overlay.resize(values, (14, 21))
+        expected = overlay.lay_over(
+            picture / np.float32(255),
+            heat,
+            normalizer=overlay.normalizer(np.ones(1)) if own else scale,
+            cmap=cmap,
+            alpha=alpha,
+        )
+        found = painter.paint(maps[0], 7, None if own else scale)
+        assert np.abs(found.astype(int) - expected).max() <= 1
+        assert found.shape == (14, 21, 3)
 
 
-def test_weighting_the_table_is_weighting_its_colours_also_of_turned_pictures() -> None:
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (3, 8, 9), dtype=np.uint8).transpose(1, 2, 0)
-    entries = rng.integers(0, 256, (8, 9), dtype=np.uint8)
-    colours = overlay.colour_table("jet")
-    under = overlay_painter.weigh(image, 0.7)
-    fast = overlay_painter.mix(under, overlay_painter.weigh(colours, 0.3).take(entries, axis=0))
-    assert (fast == overlay_painter.mix(under, overlay_painter.weigh(colours[entries], 0.3))).all()
-    assert fast.shape == (8, 9, 3)
+def test_looks_that_can_not_be() -> None:
     with pytest.raises(InputError, match="alpha"):
-        overlay_painter.OverlayPainter({}, alpha=1.5)
+        OverlayPainter({}, Look(alpha=1.5))
+    with pytest.raises(InputError, match="no colour map 'yet'"):
+        OverlayPainter({}, Look(cmap="yet"))
+    with pytest.raises(InputError, match="norm is one of 'own', 'auto'"):
+        Look(norm="sqrt")
+
+
+def test_what_the_painter_does_with_a_constant_map_and_eps() -> None:
+    picture = np.full((4, 4, 3), 200, np.uint8)
+    constant, noise = np.full((2, 2), 0.25, "f"), np.array([[0, 1e-6], [0, 0]], "f")
+    dark = OverlayPainter({0: picture}, Look()).paint(constant, 0)
+    assert len(np.unique(dark.reshape(-1, 3), axis=0)) == 1
+    loud = OverlayPainter({0: picture}, Look()).paint(noise, 0)
+    assert len(np.unique(loud.reshape(-1, 3), axis=0)) > 1
+    assert (OverlayPainter({0: picture}, Look(eps=1.0)).paint(noise, 0) == dark).all()
 
 
 def test_an_outline_lies_inside_its_box_and_leaves_the_picture_alone() -> None:

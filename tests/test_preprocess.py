@@ -315,9 +315,9 @@ def test_files_that_are_no_pictures(tmp_path: Path, sources: dict[str, Path]) ->
     }
     for name, data in broken.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(InputError, match=f"{name}.*cannot be read as an image"):
+        with pytest.raises(InputError, match=f"{name}.*can't be read as a picture"):
             load_and_preprocess_images([sources["a"], tmp_path / name])
-    with pytest.raises(InputError, match=r"nowhere\.png.*does not exist"):
+    with pytest.raises(InputError, match=r"nowhere\.png"):
         load_and_preprocess_images([tmp_path / "nowhere.png"])
     with pytest.raises(InputError, match="is a folder"):
         load_and_preprocess_images([tmp_path])

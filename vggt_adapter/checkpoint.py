@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from torch import Tensor
 from vggt_adapter.aggregator import Aggregator
 from vggt_adapter.config import DINOV2_SIZES, VGGTConfig, ViTConfig
 from vistvis.errors import CheckpointError, InputError
+from vistvis.files import check_torch_archive, checked_path
 from vistvis.progress import progress
 
 METADATA_KEY = "vistvis.config"
@@ -42,7 +44,7 @@ class WeightsFile:
             return infer_config(self.shapes, file=self.file)
         try:
             return VGGTConfig.from_dict(json.loads(text))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"the header of {str(self.file)!r} must tell a VGGTConfig under {METADATA_KEY!r}, "
                 f"tells {text[:80]!r} ({error}); give config= yourself"
@@ -114,7 +116,7 @@ class WeightsFile:
 
 
 def _find(source: str | Path) -> Path:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(checked_path(source)))
     if path.is_file():
         return path
     if path.is_dir():
@@ -218,17 +220,25 @@ def _open_torch(file: Path) -> WeightsFile:
             f"{str(file)!r} must hold a state dict, holds a {type(loaded).__name__}; save "
             "model.state_dict()"
         )
-    tensors = {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    tensors = {k: v for k, v in loaded.items() if isinstance(k, str) and _is_plain(v)}
     prefix = _prefix(list(tensors), file)
     mine = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     return WeightsFile(file, {k: tuple(v.shape) for k, v in mine.items()}, mine.__getitem__)
 
 
+def _is_plain(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.is_meta or value.is_nested:
+        return False
+    return value.layout == torch.strided
+
+
 def _check_sums(file: Path) -> None:
     """Every record against its CRC-32, which torch writes but does not check."""
     faults = (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError)
-    with _unharmed(file, *faults), zipfile.ZipFile(file) as archive:
-        wrong = archive.testzip()
+    with _unharmed(file, *faults):
+        check_torch_archive(file)
+        with zipfile.ZipFile(file) as archive:
+            wrong = archive.testzip()
     if wrong is not None:
         raise CheckpointError(
             f"{str(file)!r} cannot be read: its record {wrong!r} does not match its checksum; "
@@ -278,7 +288,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, file: Path | None = N
     hidden = shape(r"(frame|global)_blocks\.\d+\.mlp\.fc1\.weight", 2)[0]
     sizes: dict[str, Any] = {
         "embed_dim": width,
-        "depth": count(r"(?:frame|global)_blocks\.(\d+)\."),
+        "depth": count(r"(?:frame|global)_blocks\.(\d{1,9})\."),
         "num_heads": width // max(head, 1),
         "mlp_ratio": hidden / max(width, 1),
         "num_register_tokens": shape("register_token", 4)[2],
@@ -299,7 +309,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, file: Path | None = N
                 f"{width} wide, and DINOv2 has {', '.join(map(str, heads))}; give config="
             )
         sizes["patch_embed"] = ViTConfig(
-            depth=count(r"patch_embed\.blocks\.(\d+)\."),
+            depth=count(r"patch_embed\.blocks\.(\d{1,9})\."),
             num_heads=heads[width],
             mlp_ratio=hidden / width,
             num_register_tokens=registers[1] if len(registers) == 3 else 0,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from vistvis.errors import InputError
+
+Config = TypeVar("Config", "ViTConfig", "VGGTConfig")
 
 # VGGT's own: pixels along the side of a picture, and of a patch.
 IMAGE_SIZE, PATCH_SIZE = 518, 14
@@ -33,9 +35,20 @@ class ViTConfig:
     num_register_tokens: int = 4
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "depth", "num_register_tokens")
-        _at_least(self, 1, "num_heads")
+        _check_sizes(self)
 
+
+# A checkpoint's header may say anything: a model of 100,000 blocks would take minutes to be made,
+# before its weights are seen to be missing.
+_SIZES = (
+    ("img_size", 1, 1_000_000),
+    ("patch_size", 1, 1_000_000),
+    ("embed_dim", 1, 1_000_000),
+    ("num_heads", 1, 1_000_000),
+    ("depth", 0, 1_000),
+    ("num_register_tokens", 0, 1_000_000),
+)
+_LARGEST = 1e6
 
 DINOV2_SIZES: dict[str, tuple[int, int, int]] = {  # width, depth, heads
     "vits14": (384, 12, 6),
@@ -88,8 +101,7 @@ class VGGTConfig:
     init_values: float = 0.01
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "img_size", "patch_size", "embed_dim", "num_heads")
-        _at_least(self, 0, "depth", "num_register_tokens")
+        _check_sizes(self)
         if self.img_size % self.patch_size:
             raise InputError(
                 f"img_size must be a multiple of patch_size, got {self.img_size} and "
@@ -111,7 +123,7 @@ class VGGTConfig:
         if isinstance(given, str):
             given = self._named(given)
         elif isinstance(given, Mapping):
-            given = ViTConfig(**_known(ViTConfig, given))
+            given = _made(ViTConfig, given)
         if not isinstance(given, ViTConfig):
             raise InputError(
                 "patch_embed must be 'conv', a ViTConfig, a dict of its values or one of "
@@ -151,22 +163,32 @@ class VGGTConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VGGTConfig:
         """Back from `to_dict`. Raises InputError for a name that is no size."""
-        return cls(**_known(cls, values))
+        return _made(cls, values)
 
 
-def _known(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _made(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    if not isinstance(values, Mapping):
+        raise InputError(f"a {cls.__name__} is made of a dict, got {type(values).__name__}")
     names = [field.name for field in fields(cls)]
-    unknown = sorted(set(values) - set(names))
+    unknown = sorted(map(repr, set(values) - set(names)))
     if unknown:
         raise InputError(
-            f"{cls.__name__} has no {', '.join(map(repr, unknown))}; its values are "
-            f"{', '.join(names)}"
+            f"{cls.__name__} has no {', '.join(unknown)}; its values are {', '.join(names)}"
         )
-    return dict(values)
+    try:
+        return cls(**values)
+    except TypeError as error:  # a value is missing
+        raise InputError(f"{cls.__name__}: {error}") from error
 
 
-def _at_least(sizes: object, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(sizes, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+def _check_sizes(config: ViTConfig | VGGTConfig) -> None:
+    for name, least, most in _SIZES:
+        value = getattr(config, name, least)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not least <= value <= most:
+            raise InputError(f"{name} must be an integer from {least} to {most}, got {value!r}")
+    for name in ("mlp_ratio", "rope_frequency", "init_values"):
+        value = getattr(config, name, 1.0)
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not real or not 0 <= value <= _LARGEST:
+            raise InputError(f"{name} must be a number from 0 to {_LARGEST:g}, got {value!r}")

@@ -24,6 +24,7 @@ from vggt_adapter.config import IMAGE_SIZE, PATCH_SIZE
 from vggt_adapter.geometry import Fit, ImageGeometry
 from vistvis.errors import InputError
 from vistvis.files import PathLike
+from vistvis.images import open_photo
 from vistvis.tokens import TokenLayout
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def load_images(
     """
     files, fit = _files(paths), Fit(mode, size, patch_size)
     for file in files:  # a missing file at the end fails before the others cost time
-        _opened(file).close()
+        with open_photo(file):
+            pass
     # Twice the size of the model's pictures, three times, …: the same view, pixel in pixel.
     scales = (1, -(-SHARP_WIDTH // size)) if size < SHARP_WIDTH else (1,)
     read = [_read(file, fit, scales, exif=exif) for file in files]
@@ -162,45 +164,32 @@ def _files(paths: PathLikes) -> tuple[Path, ...]:
     return files
 
 
-def _opened(file: Path) -> Image.Image:
-    from PIL import Image
-
-    if not file.exists():
-        raise InputError(f"no image {str(file)!r}: the file does not exist; check its path")
-    if file.is_dir():
-        raise InputError(f"{str(file)!r} is a folder, not an image; list the files in it")
-    try:
-        return Image.open(file)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _unreadable(file, error) from error
-
-
 def _read(
     file: Path, fit: Fit, scales: Sequence[int], *, exif: bool
 ) -> tuple[tuple[int, int], list[Bytes]]:
     """The upright photo's (width, height), and it on white, (h, w, 3), at each scale."""
     from PIL import Image, ImageOps
 
-    try:
-        with _opened(file) as picture:
-            picture.verify()  # PNG has checksums, which decoding the pixels would pass over
-        with _opened(file) as picture:
-            picture.load()
-            upright: Image.Image = picture
-            if exif and _orientation(picture) != 1:
-                upright = ImageOps.exif_transpose(picture)
-            height, width = fit.alone(*upright.size).resized_size
-            photo = _on_white(upright)
-            return upright.size, [
-                np.asarray(photo.resize((k * width, k * height), Image.Resampling.BICUBIC))
-                for k in scales
-            ]
-    except (MemoryError, InputError):
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib.error, …
-        raise _unreadable(file, error) from error
+    with open_photo(file) as picture:
+        picture.verify()  # PNG has checksums, which decoding the pixels would pass over
+    with open_photo(file) as picture:
+        picture.load()
+        upright: Image.Image = picture
+        if exif and _orientation(picture) != 1:
+            upright = ImageOps.exif_transpose(picture)
+        height, width = fit.alone(*upright.size).resized_size
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit and height * width * max(scales) ** 2 > limit:
+            # A photo is resized before it is cut: a very long one would need gigabytes for that.
+            raise InputError(
+                f"{str(file)!r} is too long to be resized to a width of {width}: "
+                f"{upright.width}×{upright.height} pixels; cut it first, or use mode='pad'"
+            )
+        photo = _on_white(upright)
+        return upright.size, [
+            np.asarray(photo.resize((k * width, k * height), Image.Resampling.BICUBIC))
+            for k in scales
+        ]
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -227,10 +216,3 @@ def _orientation(picture: Image.Image) -> Any:
         return picture.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # a damaged tag says nothing about the pixels
         return 1
-
-
-def _unreadable(file: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{str(file)!r} cannot be read as an image ({type(error).__name__}: {error}); it may be "
-        "damaged or cut short: open it in a viewer, or save it again"
-    )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import io
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -9,18 +13,58 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from vistvis.errors import InputError
+from vistvis.errors import InputError, StoreError
+from vistvis.files import PathLike, regular_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL import Image
 
     Values: TypeAlias = "NDArray[Any] | Tensor"
+
+# What cameras and pages give; Pillow knows many more, some of which are programs (EPS, PDF).
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 
 # Resampling overshoots, so that a picture in 0…1 may reach a little beyond; one in 0…255 whose
 # largest value is this small would be black.
 _LARGEST_UNIT = 2.0
 _BELOW_ZERO = -0.5
 _LARGEST_BYTE = 320.0
+
+
+@contextlib.contextmanager
+def open_photo(path: PathLike) -> Iterator[Image.Image]:
+    """A photo as Pillow opens it, without its pixels yet; a file of `PHOTO_FORMATS`.
+
+    InputError if there is no such file, it is of another format, or has more pixels than Pillow
+    takes (`PIL.Image.MAX_IMAGE_PIXELS`, twice); also for what goes wrong in the block, where the
+    pixels are decoded.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    file = repr(str(path))
+    try:
+        with regular_file(path) as stream, Image.open(stream, formats=PHOTO_FORMATS) as picture:
+            yield picture
+    except (MemoryError, InputError):
+        raise
+    except StoreError as error:
+        raise InputError(f"no picture: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{file} has more pixels than are taken for a photo ({error}); make it smaller, or "
+            "raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{file} can't be read as a picture: it is no {', '.join(PHOTO_FORMATS)}, or damaged; "
+            "save it as one of these"
+        ) from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib.error, …
+        raise InputError(
+            f"{file} can't be read as a picture ({type(error).__name__}: {error}); it may be "
+            "damaged or cut short: open it in a viewer, or save it again"
+        ) from error
 
 
 def to_rgb(images: Values) -> NDArray[np.uint8]:
@@ -42,6 +86,23 @@ def to_rgb(images: Values) -> NDArray[np.uint8]:
     if array.dtype != np.uint8:
         array = np.rint(255 * _unit(array, "[0, 1] or [0, 255]", _LARGEST_BYTE)).astype(np.uint8)
     return np.ascontiguousarray(_channels_last(array))
+
+
+def thumbnail_tags(images: Values, *, count: int = 8, height: int = 64) -> str:
+    """The first pictures of `(..., C, H, W)`, as `to_rgb` takes them, small, as HTML that needs no
+    file: `data:` URLs of some KB each."""
+    from PIL import Image
+
+    array = _array(images)
+    tags = []
+    for picture in to_rgb(array.reshape(-1, *array.shape[-3:])[:count]):
+        small, buffer = Image.fromarray(picture), io.BytesIO()
+        width = max(1, round(height * small.width / small.height))
+        small.resize((width, height)).save(buffer, "JPEG", quality=80)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        style = 'style="display: inline; margin: 2px"'
+        tags.append(f'<img src="data:image/jpeg;base64,{data}" {style}>')
+    return "".join(tags)
 
 
 def to_unit(images: Values) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ scale token) stand before or after all frames, and are counted with them.
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 PATCH = "patch"
 # Kinds of tokens that most layouts have none of.
 _REST = ("behind", "before", "after")
+# An int of special tokens becomes as many names: more than any model has would only fill memory.
+_MOST_SPECIAL = 1_000_000
 _CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
 
@@ -120,7 +123,10 @@ class TokenLayout:
         for name in ("special", "behind", "before", "after"):
             special: Any = getattr(self, name)
             if hasattr(special, "__index__"):
-                special = ("special",) * operator.index(special)
+                count = operator.index(special)
+                if count > _MOST_SPECIAL:
+                    raise LayoutError(f"{name} has at most {_MOST_SPECIAL} tokens, got {count}")
+                special = ("special",) * count
             elif isinstance(special, str):
                 special = (special,)
             object.__setattr__(self, name, tuple(map(str, special)))
@@ -335,13 +341,15 @@ class TokenLayout:
     def from_dict(cls, data: Mapping[str, Any]) -> TokenLayout:
         """The reverse of `to_dict`."""
         try:
-            rest = {name: tuple(data[name]) for name in _REST if name in data}
-            return cls(
-                data["frames"], data["grid"], tuple(data["special"]), data["patch_size"], **rest
-            )
+            kinds = {name: data[name] for name in _REST if name in data}
+            kinds["special"] = data["special"]
+            if not all(isinstance(one, str) for several in kinds.values() for one in several):
+                raise TypeError
+            return cls(data["frames"], data["grid"], patch_size=data["patch_size"], **kinds)
         except (KeyError, TypeError) as error:
             raise LayoutError(
-                f"a layout has frames, grid, special and patch_size, got {dict(data)}"
+                "a layout has frames, grid, special (a list of words) and patch_size, got "
+                f"{reprlib.repr(data)}"
             ) from error
 
     @classmethod

@@ -83,6 +83,8 @@ def checked_segments(starts: Any, shape: tuple[int, ...], device: torch.device) 
 
 def describe(value: Any) -> str:
     if isinstance(value, Tensor):
+        if value.is_nested:  # without a shape
+            return f"a nested tensor of {value.dtype}"
         return f"{value.dtype} of shape {tuple(value.shape)}"
     return type(value).__name__
 

@@ -23,6 +23,9 @@ DIMENSIONS = ("batch", "head", "query", "key")
 
 ALL = slice(None)
 
+# What torch takes as a mask; as for uint8, it warns.
+_MASKS = (torch.bool, torch.uint8)
+
 Taken: TypeAlias = slice | Tensor
 """A selection along one dimension: a slice with positive step, or a 1-D int64 tensor."""
 Box: TypeAlias = tuple[Taken, ...]
@@ -85,6 +88,14 @@ def plan(index: Any, shape: tuple[int, ...], device: torch.device) -> tuple[Box,
         takes.append(chosen)
         rest.append(left)
     takes += [ALL] * (len(shape) - len(takes))
+    shapes = [left.shape for left in rest if isinstance(left, Tensor)]
+    try:
+        np.broadcast_shapes(*shapes)
+    except ValueError as error:
+        raise IndexOutOfRange(
+            "indices that are lists or tensors go together, as in torch, so their shapes must "
+            f"broadcast; got {', '.join(str(tuple(one)) for one in shapes)}"
+        ) from error
     return tuple(takes), tuple(rest)
 
 
@@ -106,8 +117,10 @@ def _is_int(item: Any) -> bool:
     if isinstance(item, (bool, np.bool_)):
         return False
     if isinstance(item, Tensor):
-        return item.ndim == 0 and not item.is_floating_point() and item.dtype != torch.bool
-    return isinstance(item, SupportsIndex) and not isinstance(item, np.ndarray)
+        return item.ndim == 0 and not item.is_floating_point() and item.dtype not in _MASKS
+    if isinstance(item, np.ndarray):
+        return item.ndim == 0 and item.dtype.kind in "iu"
+    return isinstance(item, SupportsIndex)
 
 
 def _expanded(index: Any, shape: tuple[int, ...]) -> list[Any]:
@@ -179,6 +192,11 @@ def _checked(item: Any, size: int, name: str, device: torch.device) -> Taken:
         start, stop, step = item.indices(size)
         return slice(start, max(start, stop), step)
     indices = _as_tensor(item, name)
+    if indices.dtype == torch.uint8:
+        raise InputError(
+            f"a {name} index of uint8 was a mask in older versions of torch; say which: .bool() "
+            "for a mask, .long() for numbers"
+        )
     if indices.dtype == torch.bool:
         if indices.shape != (size,):
             raise IndexOutOfRange(f"a {name} mask has shape ({size},), got {tuple(indices.shape)}")

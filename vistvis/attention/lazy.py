@@ -27,7 +27,9 @@ from vistvis.attention.rows import DENSE_LIMIT, LazyRows, Selection
 from vistvis.attention.segments import fill_box, ranges
 from vistvis.attention.site import SiteInfo
 from vistvis.errors import InputError
+from vistvis.names import html_table
 from vistvis.progress import progress as bar
+from vistvis.tokens import TokenLayout
 
 
 class Attention(LazyRows):
@@ -64,7 +66,8 @@ class Attention(LazyRows):
     function, tensor method or `np.asarray` builds the dense matrix, under the limit of `dense`.
     `weights` is None, but for attention made by `from_weights`. `InputError` if shapes, dtypes or
     devices do not fit together, and from whatever computes where a product of query and key is not
-    finite. The formula: Vaswani et al., "Attention Is All You Need", 3.2.1.
+    finite, or a mask or `score_mod` makes NaN or +inf of it. The formula: Vaswani et al.,
+    "Attention Is All You Need", 3.2.1.
 
     Pickled and deep-copied as it is; with functions of indices, which can't be, as its dense
     weights (`from_weights`), or a `DenseLimitError`.
@@ -122,6 +125,16 @@ class Attention(LazyRows):
         """Query heads that share one key head; 1 without grouped heads."""
         return self.shape[1] // self.key.shape[1]
 
+    @property
+    def query_layout(self) -> TokenLayout | None:
+        """How the queries lie in pictures, where the site says it."""
+        return self.site.query_layout if self.site else None
+
+    @property
+    def key_layout(self) -> TokenLayout | None:
+        """How the keys lie in pictures, where the site says it."""
+        return self.site.key_layout if self.site else None
+
     def __repr__(self) -> str:
         batch, heads, queries, keys = self.shape
         parts = [repr(self.site.name)] if self.site else []
@@ -140,6 +153,18 @@ class Attention(LazyRows):
             parts.append("WITHOUT rope")
         held, dense = bytes_text(self.nbytes), bytes_text(self._bytes_of(self.shape))
         return f"Attention({', '.join(parts)}; holds {held}, dense would be {dense})"
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            [
+                ("Attention", self.site.name if self.site else "without a site"),
+                ("kind", self.site.kind if self.site else "not said"),
+                ("weights", f"{' × '.join(map(str, self.shape))} (batch, heads, queries, keys)"),
+                ("keys are", str((self.site and self.site.key_layout) or "not said")),
+                ("holds", f"{bytes_text(self.nbytes)}"),
+                ("dense", bytes_text(self._bytes_of(self.shape))),
+            ]
+        )
 
     def with_site(self, site: SiteInfo | None) -> Attention:
         """The same weights (nothing is copied) from another site description."""
@@ -264,10 +289,23 @@ class Attention(LazyRows):
             )
         return products
 
+    def _below_inf(self, logits: Tensor) -> Tensor:
+        """Logits with their masks, or an `InputError`: −inf is a mask, +inf and NaN are none."""
+        added = self.mask is not None and self.mask.dtype != torch.bool
+        if (added or self.score_mod) and logits.numel() and not logits.detach().max() < math.inf:
+            what = "score_mod" if self.score_mod else "mask"
+            raise InputError(
+                f"logits are finite, or −inf where a key takes no part, and the {what} of "
+                f"{self._name()} makes NaN or +inf of some; use -math.inf or a bool mask"
+            )
+        return logits
+
     def _head(self, batch: Any, head: Any) -> tuple[Tensor, Tensor, float | Tensor]:
         """Queries `(Nq, d)`, keys `(Nk, d)` and scale of one head."""
         b, h = self._whole(batch, 0), self._whole(head, 1)
-        scale = self.scale[h] if isinstance(self.scale, Tensor) else self.scale
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = scale[h].to(self.dtype)
         return self.query[b, h], self.key[b, h // self.groups], scale
 
     def _one_row(self, batch: Any, head: Any, query: Any) -> Tensor:
@@ -285,7 +323,9 @@ class Attention(LazyRows):
             key_heads = torch.arange(self.shape[1], device=self.device)[h] // self.groups
         query = take(self.query, b, h, q).to(self.dtype)
         key = take(self.key, b, key_heads, k).to(self.dtype)
-        scale = take(self.scale, h).view(-1, 1, 1) if isinstance(self.scale, Tensor) else self.scale
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = take(scale, h).to(self.dtype).view(-1, 1, 1)
         masks = []
         if self.causal:
             tokens = torch.arange(max(self.shape[2:]), device=self.device)
@@ -295,7 +335,7 @@ class Attention(LazyRows):
             masks.append(take(self.mask.expand(self.shape), *box))
         logits = self._finite(arithmetic.logits(query, key, scale))
         if not (self.score_mod or self.mask_mod):
-            return arithmetic.masked(logits, masks)
+            return self._below_inf(arithmetic.masked(logits, masks))
         numbers = [
             take(torch.arange(n, device=self.device), chosen)
             for n, chosen in zip(self.shape, box, strict=True)
@@ -305,7 +345,7 @@ class Attention(LazyRows):
             logits = made.to(self.dtype).contiguous()
         if self.mask_mod and logits.numel():
             masks.append(arithmetic.at_indices(self.mask_mod, numbers).bool())
-        return arithmetic.masked(logits, masks)
+        return self._below_inf(arithmetic.masked(logits, masks))
 
     def _block(self, box: Box) -> Tensor:
         shape, k = self._counts(box), box[3]

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from vistvis.attention.checks import describe
 from vistvis.errors import InputError, VistvisWarning
-from vistvis.files import checked_name, inside
+from vistvis.files import checked_name, checked_path, inside
 from vistvis.state import LayerCounter, state
 from vistvis.store.formats import checked_format, write
 
@@ -53,6 +53,9 @@ def visTvis_store(
     keys in `.safetensors`, and becomes the dense matrix elsewhere, under the limit of `dense`. For
     None nothing is stored, with a warning.
 
+    A later reading sees damage in the header of a file and one cut short; flipped bits in values it
+    sees in `.npz` alone, which has checksums. A run (`save_run`) has them of all it holds.
+
     Raises
     ------
     InputError
@@ -61,7 +64,7 @@ def visTvis_store(
     StoreError
         At a call, if the file can't be written.
     """
-    base = Path(os.fspath(base_folder_path)).expanduser()
+    base = Path(os.path.expanduser(checked_path(base_folder_path)))
     names = (checked_name(identifier, "identifier"), checked_name(folder_name, "folder_name"))
     name = checked_format(file_name)
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import operator
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from vistvis.errors import InputError, StoreError
-from vistvis.files import checked_name, inside
+from vistvis.errors import InputError, StoreError, VistvisError
+from vistvis.files import checked_name, checked_path, inside, regular_file
 from vistvis.store.formats import FORMATS
 from vistvis.tokens import TokenLayout
 from vistvis.views.overlay_folder import folder_names
 
 METADATA_VARIABLE = "VIS_TVIS_METADATA_PATH"
+# Of a file with two numbers in it.
+_MOST_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class AttentionPath:
     input_filename: str = "input.pt"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "base_dir", os.path.expanduser(os.fspath(self.base_dir)))
+        base = os.path.expanduser(checked_path(self.base_dir))
+        object.__setattr__(self, "base_dir", os.fspath(base))
         for name in ("experiment_name", "attn_filename", "input_filename"):
             checked_name(getattr(self, name), name)
 
@@ -115,7 +119,7 @@ class StaticMetadata:
                 f"{self.patch_size}; store what the model saw, and check the patch size"
             )
         grid = height // self.patch_size, width // self.patch_size
-        special = ("special",) * self.num_special_tokens
+        special: Any = self.num_special_tokens  # the layout takes a number too
         return TokenLayout(frames, grid, special, (self.patch_size, self.patch_size))
 
     def to_json(self) -> str:
@@ -125,21 +129,38 @@ class StaticMetadata:
     def from_json(cls, json_str: str) -> StaticMetadata:
         """The reverse of `to_json`."""
         try:
-            return cls._from(json.loads(json_str), "the JSON text")
-        except json.JSONDecodeError as error:
+            data = json.loads(json_str)
+        except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"not JSON: {error}") from error
+        return cls._from(data, "the JSON text")
 
     @classmethod
     def from_yaml_file(cls, file_path: str | os.PathLike[str]) -> StaticMetadata:
-        """From a YAML file with `patch_size` and `num_special_tokens`."""
+        """From a YAML file with `patch_size` and `num_special_tokens`.
+
+        InputError if it has not both, is larger than 4 KB, or has aliases (`*name`), which can
+        make much of little; StoreError if there is no such file.
+        """
         import yaml
 
         where = os.fspath(file_path)
         try:
-            data = yaml.safe_load(Path(file_path).read_text(encoding="utf-8"))
+            with regular_file(file_path) as file:
+                text = file.read(_MOST_BYTES + 1)
+        except VistvisError:
+            raise
         except OSError as error:
             raise StoreError(f"can't read {where}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if len(text) > _MOST_BYTES:
+            raise InputError(f"{where} is larger than {_MOST_BYTES} bytes; keep the two numbers")
+        try:
+            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+                raise InputError(f"{where} has aliases (*name); write the values themselves")
+            data = yaml.safe_load(text)
+        except InputError:
+            raise
+        # Dates that are none are a ValueError, and keys that are none a TypeError.
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
         return cls._from(data, where)
 
@@ -159,5 +180,5 @@ class StaticMetadata:
     def _from(cls, data: Any, where: str) -> StaticMetadata:
         names = ("patch_size", "num_special_tokens")
         if not isinstance(data, Mapping) or any(name not in data for name in names):
-            raise InputError(f"{where} needs {' and '.join(names)}, has {data!r}")
+            raise InputError(f"{where} needs {' and '.join(names)}, has {reprlib.repr(data)}")
         return cls(*(data[name] for name in names))

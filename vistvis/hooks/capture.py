@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from vistvis.models.sites import (
     is_torchs,
     table,
 )
+from vistvis.names import few, html_table
 from vistvis.tokens import TokenLayout
 
 
@@ -76,7 +77,10 @@ def capture(
     Returns
     -------
     A context manager and a mapping from site name to `Attention`, in model order. Its hooks are on
-    from this call until `close()` or the end of the `with` block.
+    from this call until `close()` or the end of the `with` block; a capture that nobody holds any
+    more is over, too, and what it left on the model goes with the next forward. A pass belongs to
+    the captures opened in its thread; with none there, to the one that is open. What
+    `torch.export` or `torch.jit.trace` runs is no pass.
 
     Raises
     ------
@@ -87,8 +91,9 @@ def capture(
     CaptureError
         If the model can't be captured at all (`DataParallel`, TorchScript). At access or at the end
         of the block: a site that never ran, ran twice in a pass, or made a kernel call that can't
-        be turned into exact weights. With `sites=None`, one that only ran twice, or that only the
-        pass has shown, is a warning there.
+        be turned into exact weights; a pass in a thread that opened none of several captures. With
+        `sites=None`, a site that only ran twice, or that only the pass has shown, is a warning
+        there.
 
     Cost: some 0.5 ms of Python a site and pass (measured: 1 to 3 % of a forward of VGGT on a CPU),
     and for the first of several passes the system's time to give memory for Q and K, on a CPU 2 to
@@ -129,7 +134,7 @@ class Capture(Mapping[str, Attention]):
     @property
     def attached(self) -> bool:
         """Whether the model is being watched."""
-        return self._watch.attached
+        return self._watch.open
 
     def remove(self) -> None:
         """Take everything off the model; what was captured stays."""
@@ -151,7 +156,14 @@ class Capture(Mapping[str, Attention]):
             self._watch.drain()
             self._raise_untold()
 
+    def _check_clear(self) -> None:
+        if self._watch.claim.unclear:
+            self._told.add("")
+            raise CaptureError(self._watch.claim.unclear)
+
     def _raise_untold(self) -> None:
+        if "" not in self._told:
+            self._check_clear()
         errors, fired = self._results.errors, self._results.fired
         untold = {n: text for n, text in errors.items() if n not in self._told}
         if untold:
@@ -174,6 +186,7 @@ class Capture(Mapping[str, Attention]):
         site = self._site(name)
         if self._released:
             raise CaptureError(f"site {name!r}: this capture was closed and let go of its data")
+        self._check_clear()
         if site.name in self._results.errors:
             self._told.add(site.name)
             raise CaptureError(f"site {name!r}: {self._results.errors[site.name]}")
@@ -186,6 +199,7 @@ class Capture(Mapping[str, Attention]):
 
     def __iter__(self) -> Iterator[str]:
         names = self._held()
+        self._check_clear()
         if not names and self._options.sink is None:
             if self._released:
                 raise CaptureError("this capture was closed and let go of its data")
@@ -208,6 +222,9 @@ class Capture(Mapping[str, Attention]):
         return names if self._options.asked else rest or names
 
     def _site(self, name: str) -> Site:
+        if not isinstance(name, str):
+            some = few(list(self._chosen))
+            raise InputError(f"a site is named by a string, got {name!r}; there are {some}")
         site = self._sites.get(self._names.get(name, name))
         if site is None:
             choose_sites(self._every, [name])  # raises with the nearest names
@@ -296,7 +313,14 @@ class Capture(Mapping[str, Attention]):
             f"{self.passes} forward passes"
             + (f", {self.failed_passes} failed" if self.failed_passes else "")
             + (" (still watching)" if self.attached else "")
+            + (f"\n{self._watch.claim.unclear}" if self._watch.claim.unclear else "")
         )
+        return "\n".join([head, table(self._rows()), *self._outside()])
+
+    def _rows(self) -> Sequence[tuple[str, ...]]:
+        """Every site, and what came of it."""
+        self._watch.drain()
+        results = self._results
         rows = [("site", "module", "ran", "read from", "result")]
         for name, site in self._sites.items():
             if name in results.errors:
@@ -312,7 +336,7 @@ class Capture(Mapping[str, Attention]):
         for site in self._every:
             if site.refused:
                 rows.append((site.name, site.type, "–", "–", f"refused: {site.refused}"))
-        return "\n".join([head, table(rows), *self._outside()])
+        return rows
 
     def __repr__(self) -> str:
         return (
@@ -320,6 +344,9 @@ class Capture(Mapping[str, Attention]):
             f"{type(self._model).__name__}, {self.nbytes / 2**20:.1f} MB"
             f"{', watching' if self.attached else ''})"
         )
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), caption=repr(self))
 
 
 def _check_model(model: nn.Module) -> None:

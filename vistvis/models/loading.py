@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from vistvis.devices import device_of, dtype_of
 from vistvis.errors import CheckpointError, InputError
+from vistvis.files import checked_path
+from vistvis.images import open_photo
 from vistvis.models.sites import Chooser, SiteList, choose_sites, find_sites
 from vistvis.names import nearest
 
@@ -61,10 +63,10 @@ def load(
             f"no model {name!r}: a model is a timm name, or one of a front end as "
             f"{', '.join(f'{one}:NAME' for one in sorted(loaders))}"
         )
-    files = [Path(file) for file in images]
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise InputError(f"no picture {missing[0]}")
+    files = [checked_path(file) for file in images]
+    for file in files:  # before the model, which may take long
+        with open_photo(file):
+            pass
     loaded: LoadedModel = loaders[loader]()(
         model, device=device, dtype=dtype, images=files, size=size
     )
@@ -103,7 +105,7 @@ def _timm_model(model: str, size: int | None) -> nn.Module:
             made: nn.Module = timm.create_model(name, **options).eval()
     except TypeError as error:
         raise InputError(f"{name} can't be made for size {size}: {error}") from error
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # of a damaged file the reader of each format has errors of its own
         raise CheckpointError(f"the weights of {name} can't be had: {error}") from error
     return made
 
@@ -113,7 +115,6 @@ def _timm_pictures(
 ) -> tuple[Tensor, Tensor]:
     """Pictures as the model takes them `(B, 3, H, W)`, and before its normalisation."""
     import timm.data
-    from PIL import Image, UnidentifiedImageError
 
     data: Any = timm.data  # without types of its own
     config = data.resolve_model_data_config(model)
@@ -122,11 +123,8 @@ def _timm_pictures(
     transform = data.create_transform(**config, is_training=False)
     tensors = []
     for file in files:
-        try:
-            with Image.open(file) as picture:
-                tensors.append(transform(picture.convert("RGB")))
-        except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"{file} can't be read as a picture: {error}") from error
+        with open_photo(file) as picture:
+            tensors.append(transform(picture.convert("RGB")))
     batch = torch.stack(tensors)
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     return batch, (batch * std + mean).clamp(0, 1).unsqueeze(1)

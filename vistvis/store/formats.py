@@ -8,6 +8,11 @@ A file's ending says its format:
     .safetensors   one tensor, or the queries and keys of an `Attention`; mapped when read
 
 Mapped means that opening costs nothing and only the rows that are asked for come from the disk.
+
+What is checked when a file is read: that its header can be, and that the file has the bytes that
+the header speaks of; in `.npz` the values too, against a checksum. Values of mapped files are not:
+a flipped bit in a weight is not seen, since a checksum would cost the reading of all of them. Runs
+have one of every file (`vistvis info --check`).
 """
 
 from __future__ import annotations
@@ -25,9 +30,16 @@ import torch
 from torch import Tensor
 
 from vistvis.attention import DENSE_LIMIT, Attention, SiteInfo
-from vistvis.attention.checks import describe
-from vistvis.errors import InputError, StoreError, VistvisError
-from vistvis.files import PathLike, atomic_file, checked_name
+from vistvis.attention.checks import bytes_text, describe
+from vistvis.errors import DenseLimitError, InputError, StoreError, VistvisError
+from vistvis.files import (
+    PathLike,
+    atomic_file,
+    check_torch_archive,
+    checked_name,
+    checked_path,
+    regular_file,
+)
 from vistvis.store.codec import attention_of, tensors_of
 from vistvis.store.tensors import Encoded
 
@@ -84,7 +96,7 @@ def write(value: Any, path: PathLike, *, max_bytes: int = DENSE_LIMIT) -> Path:
     missing; the file is whole or not there. InputError for other values and endings, StoreError if
     the disk is full, the folder read-only, and the like.
     """
-    target = Path(path)
+    target = checked_path(path)
     target = target.with_name(checked_format(target.name, "the file"))
     ending = target.suffix.lower()
     if isinstance(value, Attention) and ending != ".safetensors":
@@ -96,11 +108,19 @@ def write(value: Any, path: PathLike, *, max_bytes: int = DENSE_LIMIT) -> Path:
             _FORMATS[ending].write(file, contents)
     except VistvisError:
         raise
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise StoreError(
-            f"can't write {target}: {getattr(error, 'strerror', 0) or error}"
-        ) from error
+    except (OSError, RuntimeError) as error:
+        raise StoreError(f"can't write {target}: {_reason(error)}") from error
     return target
+
+
+def _reason(error: BaseException) -> str:
+    """The system's word where it has one: torch hides a full disk behind a RuntimeError."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error)
 
 
 def _contents(value: Any, path: Path) -> Contents:
@@ -114,11 +134,16 @@ def _contents(value: Any, path: Path) -> Contents:
     else:
         tensors = {_NAME: _tensor(value)}
     for tensor in tensors.values():
-        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        if not _is_dense(tensor):
             raise InputError(
                 f"only a plain dense tensor can be stored, got {describe(tensor)}; call .to_dense()"
             )
     return Contents(path, tensors, about)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    unlike = tensor.is_meta or tensor.is_quantized or tensor.is_nested
+    return tensor.layout == torch.strided and not unlike
 
 
 def _tensor(value: Any) -> Tensor:
@@ -149,6 +174,13 @@ def _array(contents: Contents) -> np.ndarray[Any, Any]:
         return plain.float().numpy()
 
 
+def _write_npy(file: BinaryIO, contents: Contents) -> None:
+    # By hand: of a full disk numpy only says how many values were written.
+    array, layout = _array(contents), np.lib.format
+    layout.write_array_header_1_0(file, layout.header_data_from_array_1_0(array))
+    file.write(array.data)
+
+
 def _write_safetensors(file: BinaryIO, contents: Contents) -> None:
     # Other readers of safetensors look for "format".
     file.writelines(Encoded(contents.tensors, {"format": "pt", **contents.about}).pieces())
@@ -157,20 +189,22 @@ def _write_safetensors(file: BinaryIO, contents: Contents) -> None:
 # -- reading -------------------------------------------------------------------------------------
 
 
-def read(path: PathLike) -> Contents:
+def read(path: PathLike, *, max_bytes: int = DENSE_LIMIT) -> Contents:
     """The tensors of a file, mapped where the format can be.
 
-    Nothing in the file is ever run: StoreError if it holds more than plain tensors, is not there,
-    damaged, or of another format.
+    Nothing in the file is ever run: StoreError if it holds more than plain dense tensors, is not
+    there, damaged, or of another format. DenseLimitError if what is read whole (`.npz`) unpacks to
+    more than the file itself and more than `max_bytes` (default 2 GiB).
     """
-    source = Path(path)
+    source = checked_path(path)
     ending = source.suffix.lower()
     if ending not in FORMATS:
         raise StoreError(f"{source} is none of {', '.join(FORMATS)}: its ending says its format")
-    if not source.is_file():
-        raise StoreError(f"no file {source}")
+    regular_file(source).close()
     try:
-        return _FORMATS[ending].read(source)
+        if ending == ".npz":
+            _check_unpacked(source, max_bytes)
+        contents = _FORMATS[ending].read(source)
     except VistvisError:
         raise
     except pickle.UnpicklingError as error:
@@ -181,28 +215,34 @@ def read(path: PathLike) -> Contents:
     except Exception as error:  # every library has errors of its own for a damaged file
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise StoreError(f"can't read {source}: {first}") from error
+    for name, tensor in contents.tensors.items():
+        if not _is_dense(tensor):
+            raise StoreError(f"{name!r} in {source} is no plain dense tensor; store .to_dense()")
+    return contents
 
 
-def read_attention(path: PathLike) -> Attention:
+def read_attention(path: PathLike, *, max_bytes: int = DENSE_LIMIT) -> Attention:
     """Attention weights `(B, h, Nq, Nk)` or queries and keys from a file, lazily.
 
-    Only rows that are asked for are read, except from `.npz`. StoreError as `read`; also if it
-    holds no attention.
+    Only rows that are asked for are read, except from `.npz`. Errors as in `read`; StoreError also
+    if it holds no attention.
     """
-    contents = read(path)
-    has_both = {"query", "key"} <= set(contents.tensors)
-    tensors = contents.tensors if has_both else {"weights": contents.one()}
+    contents = read(path, max_bytes=max_bytes)
+    ours = contents.about.get("content") == _CONTENT or {"query", "key"} <= set(contents.tensors)
+    tensors = contents.tensors if ours else {"weights": contents.one()}
     try:
         about = {key: json.loads(contents.about.get(key, "null")) for key in _FACTS}
         site = SiteInfo.from_dict(about["site"]) if about["site"] else None
         return attention_of(tensors, about, site)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
+    except Exception as error:  # the words may be anything
         raise StoreError(f"{contents.path} holds no attention: {error}") from error
 
 
 def _read_torch(path: Path) -> Contents:
     # The format before torch 1.6 can't be mapped.
     mapped = zipfile.is_zipfile(path)
+    if mapped:
+        check_torch_archive(path)
     loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if isinstance(loaded, Tensor):
         loaded = {_NAME: loaded}
@@ -217,6 +257,17 @@ def _read_torch(path: Path) -> Contents:
 def _read_npy(path: Path) -> Contents:
     # Mapped copy-on-write: torch wants memory that it could write to, and the file stays as it is.
     return Contents(path, {_NAME: _from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))})
+
+
+def _check_unpacked(path: Path, max_bytes: int) -> None:
+    with zipfile.ZipFile(path) as archive:
+        size = sum(record.file_size for record in archive.infolist())
+    if size > max(max_bytes, path.stat().st_size):
+        raise DenseLimitError(
+            f"{path} unpacks to {bytes_text(size)}, more than the limit of "
+            f"{bytes_text(max_bytes)}; store it as .npy, of which only what is asked for is read, "
+            "or read it with max_bytes=… if it does fit in memory"
+        )
 
 
 def _read_npz(path: Path) -> Contents:
@@ -246,9 +297,7 @@ _TORCH = _Format(_read_torch, lambda file, contents: torch.save(_plain(contents)
 _FORMATS = {
     ".pt": _TORCH,
     ".pth": _TORCH,
-    ".npy": _Format(
-        _read_npy, lambda file, contents: np.save(file, _array(contents), allow_pickle=False)
-    ),
+    ".npy": _Format(_read_npy, _write_npy),
     ".npz": _Format(_read_npz, lambda file, contents: np.savez(file, data=_array(contents))),
     ".safetensors": _Format(_read_safetensors, _write_safetensors),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote, unquote
 
-from vistvis.files import checked_name
+from vistvis.files import checked_name, checked_path
 
 Layer: TypeAlias = "int | str"
 """A layer's number; in a run, a site's name."""
@@ -22,16 +22,18 @@ class OverlayOutputPath:
     """Where overlays are written, and PDF pages found.
 
         <output_path>/query_frames/query_image_<q>.png
-        <output_path>/layer=layer_<i>/head=<h>/overlays/overlay_<q>.png
+        <output_path>/layer=layer_<i>/head=<h>/overlays/overlay_<q>_frame_<k>.png
+        <output_path>/overlays.json
 
-    For a site of a run its name stands in the place of `layer_<i>`. Where several key frames were
-    asked for, the file is `overlay_<q>_frame_<k>.png`.
+    For a site of a run its name stands in the place of `layer_<i>`. Earlier versions wrote
+    `overlay_<q>.png` where one key frame was asked for, and no `overlays.json`.
     """
 
     output_path: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output_path", os.path.expanduser(os.fspath(self.output_path)))
+        base = os.path.expanduser(checked_path(self.output_path))
+        object.__setattr__(self, "output_path", os.fspath(base))
 
     @property
     def query_frames_dir(self) -> str:

@@ -1,0 +1,1 @@
+"""What breaks promises, tried: `nox -s attack`, or `python -m attack` in tests/."""
