@@ -107,10 +107,18 @@ def test_the_scale_of_itself_leaves_out_the_query_and_what_lies_beside_it() -> N
     assert overlay.scale_text(maps, overlay.normalizer(maps), norm="linear") == (
         "scale: to the largest weight"
     )
+    # Where every map has the query's patch, what lies beside it is what is looked for.
+    maps[:, 1, 0] = 0.9
     everywhere = overlay.normalizer(maps, own=(slice(None), 1, 0))
-    assert everywhere.vmax == pytest.approx(0.03)
+    assert everywhere.vmax == pytest.approx(0.6)
+    one = maps[1], (0, 1, 0)
+    scale = overlay.normalizer(one[0], own=one[1])
+    assert scale.vmax == pytest.approx(0.6)
+    assert overlay.scale_text(one[0], scale, norm="auto", own=one[1]) == (
+        "scale: to the largest weight outside the query's patch (white: above it, up to 0.9)"
+    )
     # Nothing but the query's surroundings, or nothing outside: all counts.
-    assert overlay.normalizer(maps[1:, :2, :2], own=(0, 0, 0)).vmax == pytest.approx(0.6)
+    assert overlay.normalizer(maps[1:, 1:2, :1], own=(0, 0, 0)).vmax == pytest.approx(0.9)
 
 
 def test_what_lies_above_the_scale_is_white() -> None:

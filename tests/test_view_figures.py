@@ -189,8 +189,7 @@ def test_heads_share_one_scale_that_leaves_out_the_query() -> None:
     title, note = (text.get_text().replace("\n", " ") for text in figure.texts)
     assert title == "untrained weights"
     assert note == (
-        "scale: to the largest weight outside the query's patch and its neighbours "
-        "(white: above it, up to 0.6)"
+        "scale: to the largest weight outside the query's patch (white: above it, up to 0.6)"
     )
     assert figure.axes[-1].get_ylim()[1] <= 0.01
     assert figure.axes[0].get_title(loc="left") == "a$b.jpg"

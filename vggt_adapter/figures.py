@@ -89,7 +89,7 @@ def visualize_attention_on_image(
 batch_idx, patch_size, renormalize, allow_special
         As in `get_attention_values`.
     norm
-        "auto": from 0 to the largest weight outside the query's own patch and the eight beside it;
+        "auto": from 0 to the largest weight outside the query's patch (global: nor beside it);
         "linear": to the largest weight; "log"; "percentile": linear up to the 99th. What lies above
         the scale is white, and the colour bar has an arrow.
     cmap

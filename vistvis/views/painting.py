@@ -90,10 +90,10 @@ def normalizer(
         Of any shape; NaN and infinite values do not count.
     norm
         "linear" from 0 (or the smallest value, where that is negative) to the largest; "auto": the
-        same, but the query's own patch and the eight beside it do not count, because a query that
-        looks at itself first would leave every other frame dark; "log" over at most six decades
-        below the largest; "percentile": linear, but only up to that percentile, so that one strong
-        sink does not turn everything else dark.
+        same, but the query's own patch does not count (nor do the eight beside it where there are
+        other frames), because a query that looks at itself first would leave all else dark; "log"
+        over at most six decades below the largest; "percentile": linear, but only up to that
+        percentile, so that one strong sink does not turn everything else dark.
     own
         Which of the maps `(…, rows, cols)`, counted through, and which of its rows and columns is
         the query's own patch; `slice(None)` where all maps have it, None where none has.
@@ -131,20 +131,35 @@ def normalizer(
 
 
 def _others(maps: NDArray[np.float32], own: Own) -> NDArray[np.float32]:
-    """The finite values but those of a patch and the eight beside it."""
+    """The finite values but those of the query's patch and, beside other frames, its neighbours."""
     number, row, col = own
     counted = np.isfinite(maps).reshape(-1, *maps.shape[-2:])
-    counted[number, max(row - 1, 0) : row + 2, max(col - 1, 0) : col + 2] = False
+    reach = int(_has_other_frames(maps, own))
+    rows, cols = (slice(max(at - reach, 0), at + reach + 1) for at in (row, col))
+    counted[number, rows, cols] = False
     others: NDArray[np.float32] = maps.reshape(counted.shape)[counted]
     return others
 
 
+def _has_other_frames(maps: NDArray[np.float32], own: Own) -> bool:
+    """Whether there are maps without the query's patch; where not, what is beside it is the point.
+
+    Values that are no maps, because these are of several grids, are of several frames.
+    """
+    if maps.ndim < 2:
+        return True
+    return not isinstance(own[0], slice) and maps.size > maps.shape[-2] * maps.shape[-1]
+
+
 def scale_text(values: Values, normalizer: Normalize, *, norm: str, own: Own | None = None) -> str:
     """For captions: what the scale `normalizer(values, norm=norm, own=own)` runs to."""
-    largest = float(np.nanmax(as_array(values)))
+    array = as_array(values)
+    largest, outside = float(np.nanmax(array)), ""
+    if own is not None:
+        beside = " and its neighbours" * _has_other_frames(array, own)
+        outside = f" outside the query's patch{beside}"
     text = {
-        "auto": "to the largest weight"
-        + " outside the query's patch and its neighbours" * (own is not None),
+        "auto": f"to the largest weight{outside}",
         "linear": "to the largest weight",
         "log": "logarithmic, to the largest weight",
         "percentile": "to the 99th percentile",
