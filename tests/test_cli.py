@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import types
@@ -140,6 +141,22 @@ def test_warnings_are_plain_lines(
     assert capsys.readouterr().err == "vistvis made: warning: moved to 5\n" * 2
 
 
+def test_help_of_commands_and_topics(
+    install: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(made=command(lambda _: 0))
+    assert cli.main(["help"]) == 0
+    assert "vistvis help queries" in capsys.readouterr().out
+    assert cli.main(["help", "queries"]) == 0
+    assert capsys.readouterr().out.startswith("A query is one token")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["help", "made"])
+    assert caught.value.code == 0
+    assert "usage: vistvis made [name] [options]" in capsys.readouterr().out
+    assert cli.main(["help", "qeries"]) == 2
+    assert "did you mean 'queries'?" in capsys.readouterr().err
+
+
 def test_an_unknown_command_gives_the_nearest(
     install: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +193,23 @@ def test_every_builtin_has_what_a_command_has() -> None:
         assert parser.format_help()  # a stray % in a help text fails only here
 
 
+@pytest.mark.parametrize("name", list(cli.find_commands()))
+def test_help_is_one_screen_with_an_example_that_works(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "102")
+    monkeypatch.chdir(tmp_path)  # where no file of an example is in the way
+    parser = cli.parser_of(f"vistvis {name}", cli.load(name))
+    lines = parser.format_help().splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+    examples = [line.strip() for line in lines if line.startswith(f"  vistvis {name}")]
+    if name in ("demo", "overlay", "vit"):
+        assert examples
+    for example in examples:
+        parser.parse_args(shlex.split(example)[2:])
+
+
 def test_the_package_runs_from_a_checkout() -> None:
     """Without an install, and no command is imported that was not chosen."""
     found = subprocess.run(
@@ -191,6 +225,37 @@ def test_the_package_runs_from_a_checkout() -> None:
     names = [line.rsplit("|", 1)[1].strip() for line in imported]
     assert "vistvis.commands" in names
     assert not [n for n in names if n.startswith(("vistvis.commands.", "matplotlib", "vggt_"))]
+
+
+def test_what_commands_say_of_themselves_needs_no_torch() -> None:
+    """`vistvis --help` and that of each command here start at once."""
+    code = (
+        "import sys, argparse\n"
+        "from vistvis import cli\n"
+        "cli.overview()\n"
+        "for name in ('demo', 'overlay', 'vit'):\n"
+        "    cli.parser_of(name, cli.load(name)).format_help()\n"
+        "slow = {'torch', 'numpy', 'matplotlib', 'timm', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(', '.join(slow) or 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["help", "queries"], ["demo", "--help"]])
+def test_a_reader_that_has_left_before_the_help_is_no_error(argv: list[str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "vistvis", *argv],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -100,7 +100,8 @@ def test_one_token_is_one_place(photos: list[Path], model: VGGT, tmp_path: Path)
             result["global_attention"]["attn_weights"], images, token, 1
         ),
     }
-    with np.load(tmp_path / "values.npz", allow_pickle=False) as found:
+    values = tmp_path / f"values_block_1_head_1_token_{token}.npz"
+    with np.load(values, allow_pickle=False) as found:
         metadata = json.loads(str(found["metadata"]))
         for kind, values in expected.items():
             for name in ("attention_maps", "attention_maps_resized"):
@@ -116,7 +117,7 @@ def test_one_token_is_one_place(photos: list[Path], model: VGGT, tmp_path: Path)
     assert names == [
         f"frame_block_1_head_1_token_{token}.png",
         f"global_block_1_head_1_token_{token}.png",
-        "values.npz",
+        f"values_block_1_head_1_token_{token}.npz",
     ]
 
 
@@ -227,7 +228,7 @@ def test_the_command(
     bundled: VGGT, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Pixel 75, 30 of the photo: 75.5 · 0.7 − 0.5 = 52.35 → col 3; 30.5 · 56 / 75 − 0.5 → row 1.
-    assert command(*photos, "--pixel", "2:75,30", "--head", "mean", "--out", tmp_path) == 0
+    assert command(*photos, "--query", "2:75,30px", "--head", "mean", "--out", tmp_path) == 0
     out, err = capsys.readouterr()
     assert err == ""
     token = 2 * P + 5 + 1 * COLS + 3
@@ -240,7 +241,7 @@ def test_the_command(
     assert len(list(tmp_path.iterdir())) == 3
 
     # The printed matches are those of the numbers in the file.
-    with np.load(tmp_path / "values.npz") as found:
+    with np.load(tmp_path / f"values_block_1_head_mean_token_{token}.npz") as found:
         maps = found["global_attention_maps"]
     printed = [line.split() for line in out.split("global attention")[1].splitlines()[2:5]]
     for frame, (words, weights) in enumerate(zip(printed, maps, strict=True)):
@@ -251,6 +252,27 @@ def test_the_command(
         assert y == pytest.approx((row + 0.5) * 14 * 75 / 56 - 0.5, abs=0.51)
         assert float(words[8]) == pytest.approx(weights.max(), rel=5e-3)
         assert float(words[9]) == pytest.approx(100 * weights.sum(), abs=0.051)
+
+
+def test_the_earlier_names_of_a_query(bundled: VGGT, photos: list[Path], tmp_path: Path) -> None:
+    token = 2 * P + 5 + 1 * COLS + 3
+    queries: list[list[Any]] = [["--pixel", "2:75,30"], ["--token", token]]
+    queries += [["--query", text] for text in (f"token{token}", "2:r1,c3", f"2:{5 + COLS + 3}")]
+    for number, query in enumerate(queries):
+        out = tmp_path / str(number)
+        assert command(*photos, *query, "--types", "global", "--out", out) == 0
+        assert (out / f"values_block_1_head_0_token_{token}.npz").is_file()
+
+
+def test_another_query_replaces_nothing(
+    bundled: VGGT, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for query in ("middle", "r0,c0", "register2"):
+        argv = (photos[0], "--query", query, "--format", "png,pdf", "--types", "global")
+        assert command(*argv, "--out", tmp_path) == 0
+    assert len(list(tmp_path.glob("values_*.npz"))) == 3
+    assert len(list(tmp_path.glob("*.pdf"))) == 3
+    assert "next: vistvis demo " in capsys.readouterr().out
 
 
 def test_a_trained_model_is_not_called_untrained(
@@ -292,10 +314,19 @@ def test_the_bundled_model_says_what_to_look_at(
         (["nothing.jpg"], "nothing.jpg"),
         (["{broken}"], "broken.jpg"),
         (["{photo}", "--block", "2"], "blocks 0…1"),
-        (["{photo}", "--head", "9"], "head_idx 9"),
-        (["{photo}", "--pixel", "1:3,3"], "frame 1: there are 0…0"),
+        (["{photo}", "--head", "9"], "--head 9: the model has heads 0…1"),
+        (["{photo}", "--pixel", "1:3,3"], "no frame 1, only 0…0"),
         (["{photo}", "--pixel", "0:100,3"], "outside the 100×75 photo"),
-        (["{photo}", "--device", "cuda:31"], "CUDA"),
+        (["{photo}", "--query", "r4,c0"], "query 'r4,c0'"),
+        (["{photo}", "--query", "register4"], "query 'register4'"),
+        (
+            ["{photo}", "--size", "225"],
+            "--size 225: the model's patches are 14 pixels wide",
+        ),
+        (["{folder}"], "name the photographs in it"),
+        (["https://a.b/c.jpg"], "download it first"),
+        (["{photo}", "--model", "timm:x"], "takes vggt:NAME"),
+        (["{photo}", "--model", "vitt"], "no such file"),
         (["{photo}", "--model", "{photo}"], "photo"),
         (["{photo}", "--model", "./no/such/folder"], "no/such/folder"),
         (["{photo}", "--size", "13"], "13"),
@@ -312,7 +343,7 @@ def test_wrong_input_is_one_line(
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff\xe0 no picture")
     out = tmp_path / "out"
-    filled = [part.format(photo=photos[0], broken=broken) for part in argv]
+    filled = [part.format(photo=photos[0], broken=broken, folder=tmp_path) for part in argv]
     assert command(*filled, "--out", out) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -325,12 +356,14 @@ def test_wrong_input_is_one_line(
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--pixel", "12,13"], "FRAME:X,Y is meant, for example 0:120,80; got '12,13'"),
+        (["--pixel", "12,13"], "FRAME:X,Y is meant, or --query FRAME:X,Ypx; got '12,13'"),
         (["--pixel", "0:1,2", "--token", "3"], "not allowed with"),
         (["--head", "median"], "'mean' or 'max'"),
         (["--types", "frame,cross"], "frame, global or frame,global"),
         (["--types", ","], "frame, global or frame,global"),
         (["--dtype", "int8"], "invalid choice"),
+        (["--device", "cuda:31"], "CUDA"),
+        (["--device", "meta"], "argument --device: 'meta' can't be computed on here; use cpu"),
     ],
 )
 def test_wrong_arguments_are_one_line(
@@ -364,7 +397,7 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
         command("--help")
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert "vistvis demo a.jpg b.jpg c.jpg --block 3 --head 0 --pixel 0:120,80 --out DIR" in out
+    assert "vistvis demo a.jpg b.jpg c.jpg --query 0:120,80px --out DIR" in out
 
 
 def test_the_sample_views_need_nothing_else(
@@ -374,7 +407,7 @@ def test_the_sample_views_need_nothing_else(
     assert len(sample_views()) == 3
     assert command("--out", tmp_path) == 0
     assert len(list(tmp_path.iterdir())) == 3
-    assert "strongest match" in capsys.readouterr().out
+    assert "strongest patch" in capsys.readouterr().out
 
 
 def test_a_missing_model_file_says_so(tmp_path: Path, photos: list[Path]) -> None:

@@ -535,3 +535,13 @@ def test_images_that_are_none(model: VGGT) -> None:
         extract_both_attentions(model, torch.rand(3, 42, 42), block_idx=0)
     with pytest.raises(InputError, match=r"blocks 0…1"):
         extract_both_attentions(model, torch.rand(1, 3, 42, 42))
+
+
+def test_both_attentions_under_autocast() -> None:
+    model = VGGT.tiny()
+    images = torch.rand(2, 3, 28, 28)
+    plain = extract_both_attentions(model, images, block_idx=-1)
+    cast = extract_both_attentions(model, images, block_idx=-1, dtype=torch.bfloat16)
+    for kind in ("frame_attention", "global_attention"):
+        assert plain[kind]["attn_weights"].dtype == torch.float32
+        assert cast[kind]["attn_weights"].query.dtype == torch.bfloat16

@@ -76,6 +76,7 @@ def test_the_global_figure() -> None:
     assert len(drawn) == 2 * frames
     title, query, *_ = texts(figure)
     assert title == "Global attention · block 7 · head 0"
+    assert texts(figure)[3].startswith("□ query · ○ strongest patch of a frame")
     assert query == "query: token 12 of frame 1 (absolute 32), row 1, col 2"
     above, below = drawn[::2], drawn[1::2]
     for frame in range(frames):
@@ -88,15 +89,14 @@ def test_the_global_figure() -> None:
             assert bool(outlines(axes)) == (frame == 1)
     for outline in outlines(above[1]):
         (x0, y0), (x1, y1) = outline.get_bbox().get_points()
-        middle = (x0 + x1) / 2, (y0 + y1) / 2
-        assert middle == pytest.approx((2 * 14 + 6.5, 1 * 14 + 6.5))
-        assert x1 - x0 >= 14
+        # Just the patch: pixel 0 reaches from -0.5 to 0.5.
+        assert (x0, y0, x1, y1) == pytest.approx((27.5, 13.5, 41.5, 27.5))
     assert len(figure.axes) == len(drawn) + 1  # one colour bar
 
 
 def test_all_frames_share_one_scale() -> None:
     """A weight has the colour that the bar gives it, in whatever frame it lies."""
-    figure = draw("global", 3, (3, 5), 12, black=True)
+    figure = draw("global", 3, (3, 5), 12, black=True, norm="linear")
     weights = make("global", 3, (3, 5))[0, 0, 12].reshape(3, 20)[:, 5:].reshape(3, 3, 5).numpy()
     bar = figure.axes[-1]
     low, high = bar.get_ylim()
@@ -146,12 +146,17 @@ def test_the_strongest_patch_is_ringed() -> None:
     [("frame", 1), ("global", 1), ("global", 2), ("global", 3), ("global", 5), ("global", 8)],
 )
 @pytest.mark.parametrize("grid", [(3, 5), (9, 3)])
+@pytest.mark.parametrize("width", [None, "column", 6.9])
 def test_nothing_is_clipped_and_pictures_keep_their_shape(
-    kind: str, frames: int, grid: tuple[int, int]
+    kind: str, frames: int, grid: tuple[int, int], width: Any
 ) -> None:
-    norm = NORMS[frames % 3]
-    figure = draw(kind, frames, grid, 9, norm=norm)
+    norm = NORMS[frames % 4]
+    names = [f"a/long/name of $ photo {number:03} of ${{x.jpeg" for number in range(frames)]
+    figure = draw(kind, frames, grid, 9, norm=norm, width=width, names=names, untrained=True)
     figure.canvas.draw()
+    if width is not None:
+        assert figure.get_size_inches()[0] == {"column": 3.35}.get(width, width)
+        assert figure.get_size_inches()[1] < 11
     width, height = figure.canvas.get_width_height()
     boxes = [text.get_window_extent() for text in figure.texts]
     for axes in figure.axes:
@@ -178,8 +183,82 @@ def test_scales() -> None:
     assert bars["linear"].get_ylim()[1] == pytest.approx(weights.max())
     assert bars["log"].get_yscale() == "log"
     assert bars["percentile"].get_ylim()[1] < weights.max()
+    # Token 12 is patch 7: row 0, col 7.
+    others = weights.reshape(2, 6, 8).copy()
+    others[0, :2, 6:] = 0
+    assert bars["auto"].get_ylim()[1] == pytest.approx(others.max())
     with pytest.raises(InputError, match="'linear', 'log', 'percentile'"):
         draw("global", 2, (6, 8), 12, norm="sqrt")
+
+
+def spiked(*, rest: float) -> Tensor:
+    """Global weights over two frames of 3×5 patches: token 12 looks at itself and `rest`."""
+    row = torch.full((40,), 1e-5)
+    row[12], row[25 + 8] = 0.8, rest
+    row[0] += 1 - row.sum()
+    return row.expand(1, 1, 40, 40)
+
+
+def test_the_default_scale_shows_the_other_frames_and_says_so() -> None:
+    figure = visualize_attention_on_image(spiked(rest=0.1), torch.zeros(2, 3, 42, 70), 12)
+    own, other = (panels(figure)[number].images[0].get_array() for number in (1, 3))
+    assert (own[20, 34] == 255).all()  # its own patch lies above the scale: white
+    assert other[20, 48].max() > 200  # and frame 1 is bright
+    assert figure.axes[-1].get_ylim() == pytest.approx((0, 0.1))
+    note = texts(figure)[2].replace("\n", " ")
+    assert note.endswith(
+        "; scale: to the largest weight outside the query's patch and its neighbours "
+        "(white: above it, up to 0.8)"
+    )
+    linear = visualize_attention_on_image(
+        spiked(rest=0.1), torch.zeros(2, 3, 42, 70), 12, norm="linear"
+    )
+    assert panels(linear)[3].images[0].get_array().max() < 100
+    assert texts(linear)[2].endswith("; scale: to the largest weight")
+
+
+@pytest.mark.parametrize(("rest", "weak"), [(0.11, True), (0.14, False)])
+def test_a_weak_match_is_drawn_and_called_so(rest: float, weak: bool) -> None:
+    """Five times the uniform share of 40 keys is 0.125."""
+    figure = visualize_attention_on_image(spiked(rest=rest), pictures(2, (3, 5)), 12)
+    for axes in panels(figure)[2:]:
+        rings = [patch for patch in axes.patches if isinstance(patch, Circle)]
+        assert rings
+        assert all((ring.get_linestyle() != "solid") == weak for ring in rings)
+        assert all(ring.get_clip_on() for ring in rings)
+    note = panels(figure)[3].get_xlabel()
+    assert note == f"{100 * (rest + 14e-5):.1f} % of the weight" + " · weak" * weak
+    assert texts(figure)[3].endswith("(dashed: weak)") == weak
+
+
+def test_maxima_over_heads_are_not_called_shares() -> None:
+    figure = draw("global", 2, (3, 5), 12, head_idx="max")
+    said = [*texts(figure), *(axes.get_xlabel() for axes in panels(figure))]
+    assert not any("%" in text for text in said)
+    assert panels(figure)[1].get_xlabel().startswith("largest weight 0.")
+
+
+def test_names_of_photographs_and_untrained_weights() -> None:
+    names = ["a.jpg", "b $x$.jpg", "c.jpg"]
+    figure = draw("global", 3, (9, 10), 12, names=names, untrained=True)
+    assert [axes.get_xlabel() for axes in panels(figure)[::2]] == names
+    assert texts(figure)[0].endswith(" · untrained weights")
+    figure.png()
+    with pytest.raises(InputError, match="3 pictures need as many names, got 2"):
+        draw("global", 3, (3, 5), 12, names=names[:2])
+    for wrong, said in (
+        ({"width": "wide"}, "'column', 'double'"),
+        ({"cmap": "infernal"}, "did you mean 'inferno'"),
+        ({"alpha": 2}, "alpha"),
+    ):
+        with pytest.raises(InputError, match=said):
+            draw("global", 3, (3, 5), 12, **wrong)
+
+
+def test_one_frame_has_its_heatmap_beside_it() -> None:
+    picture, heat = panels(draw("global", 1, (3, 5), 9))
+    assert picture.get_position().x1 < heat.get_position().x0
+    assert picture.get_position().y0 == heat.get_position().y0
 
 
 def test_a_special_token_outlines_its_frame() -> None:

@@ -24,12 +24,13 @@ WINGS: dict[str, set[str]] = {
     "devices": {"errors", "names"},
     "images": {"errors", "names", "files"},
     "tokens": {"errors", "names"},
+    "queries": {"tokens", "errors", "names"},
     "state": {"errors", "names"},
     "attention": SMALL | {"tokens"},
     "models": {"attention", "tokens", "files", "images", "devices", "errors", "names"},
     "hooks": SMALL | {"models", "attention", "tokens"},
     "store": SMALL | {"attention", "tokens", "images", "files"},
-    "views": SMALL | {"store", "attention", "tokens", "images", "files"},
+    "views": SMALL | {"store", "attention", "tokens", "queries", "images", "files"},
     "decorators": SMALL | {"store", "views", "attention", "tokens", "images", "files", "state"},
 }
 FREE = {"__init__", "__main__", "cli", "commands"}

@@ -14,6 +14,7 @@ from PIL import Image
 from vistvis.errors import InputError
 from vistvis.images import to_rgb
 from vistvis.views import painting as overlay
+from vistvis.views.overlay_painter import Look, OverlayPainter
 from vistvis.views.png import encode_png
 
 
@@ -72,7 +73,9 @@ def test_one_scale_serves_all_values_given() -> None:
     assert overlay.normalizer(np.array([-2.0, 3.0])).vmin == -2
     log = overlay.normalizer(np.array([0.0, 1e-12, 0.5]), norm="log")
     assert log.vmin == pytest.approx(5e-7)
-    assert float(log(0.0)) == 0
+    assert (
+        overlay.colourise(np.zeros(1), normalizer=log) == overlay.colour_table("inferno")[0]
+    ).all()
     spiked = np.append(np.linspace(0, 0.01, 999), 1.0)
     assert overlay.normalizer(spiked, norm="percentile").vmax < 0.011
     assert overlay.normalizer(np.zeros(4)).vmax == 1
@@ -84,6 +87,66 @@ def test_one_scale_serves_all_values_given() -> None:
         overlay.normalizer(np.zeros(2), norm="log")
     with pytest.raises(InputError, match="finite"):
         overlay.normalizer(np.array([np.nan]))
+
+
+def test_the_scale_of_itself_leaves_out_the_query_and_what_lies_beside_it() -> None:
+    maps = np.full((2, 5, 6), 0.01, np.float32)
+    maps[1, 0:3, 0:2] = 0.5, 0.6
+    maps[0, 4, 4], maps[1, 3, 0] = 0.02, 0.03
+    own = (1, 1, 0)
+    scale = overlay.normalizer(maps, own=own)
+    assert (scale.vmin, scale.vmax) == (0, pytest.approx(0.03))
+    assert overlay.is_clipped(maps, scale)
+    assert overlay.scale_text(maps, scale, norm="auto", own=own) == (
+        "scale: to the largest weight outside the query's patch and its neighbours "
+        "(white: above it, up to 0.6)"
+    )
+    assert overlay.normalizer(maps).vmax == pytest.approx(0.6)
+    assert overlay.normalizer(maps, norm="linear", own=own).vmax == pytest.approx(0.6)
+    assert not overlay.is_clipped(maps, overlay.normalizer(maps))
+    assert overlay.scale_text(maps, overlay.normalizer(maps), norm="linear") == (
+        "scale: to the largest weight"
+    )
+    # Where every map has the query's patch, what lies beside it is what is looked for.
+    maps[:, 1, 0] = 0.9
+    everywhere = overlay.normalizer(maps, own=(slice(None), 1, 0))
+    assert everywhere.vmax == pytest.approx(0.6)
+    one = maps[1], (0, 1, 0)
+    scale = overlay.normalizer(one[0], own=one[1])
+    assert scale.vmax == pytest.approx(0.6)
+    assert overlay.scale_text(one[0], scale, norm="auto", own=one[1]) == (
+        "scale: to the largest weight outside the query's patch (white: above it, up to 0.9)"
+    )
+    # Nothing but the query's surroundings, or nothing outside: all counts.
+    assert overlay.normalizer(maps[1:, 1:2, :1], own=(0, 0, 0)).vmax == pytest.approx(0.9)
+
+
+def test_what_lies_above_the_scale_is_white() -> None:
+    heat = np.array([[0.0, 0.5, 1.0, 1.01]], np.float32)
+    scale = overlay.normalizer(heat[:, :3])
+    white = np.ones((1, 4, 3), np.float32)
+    for picture in (white * 0, white):
+        laid = overlay.lay_over(picture, heat, normalizer=scale)
+        assert (laid[0, 3] == 255).all()
+        assert not (laid[0, 2] == 255).all()
+    colours = overlay.colour_table("inferno")
+    black = overlay.lay_over(white * 0, heat, normalizer=scale)
+    assert np.abs(black[0, :3] - colours[[0, 127, 255]].astype(int)).max() <= 2
+    # The picture is grey, and what a map of nothing lets through is 1 − alpha of it.
+    red = white * np.array([1, 0, 0], np.float32)
+    nothing = overlay.lay_over(red, 0 * heat, normalizer=scale, alpha=0.4)
+    assert np.abs(nothing[0, 0] - 0.6 * 0.299 * 255).max() <= 4
+    with pytest.raises(InputError, match="alpha"):
+        overlay.lay_over(red, heat, normalizer=scale, alpha=1.1)
+
+
+def test_dark_maps() -> None:
+    maps = np.zeros((4, 3, 3), np.float32)
+    maps[0, 2, 2] = 1e-4
+    maps[0, 0, 0], maps[1, 1, 1], maps[2, 2, 2] = 1.0, 0.1, 0.2
+    assert overlay.dark_maps(maps, overlay.normalizer(maps, norm="linear")) == (1,)
+    assert overlay.dark_maps(maps, overlay.normalizer(maps, norm="log")) == ()
+    assert overlay.dark_maps(maps, overlay.normalizer(maps, own=(0, 0, 0))) == ()
 
 
 @pytest.mark.parametrize("cmap", ["jet", "inferno", "tab10"])
@@ -100,33 +163,53 @@ def test_colours_are_those_of_matplotlib(cmap: str) -> None:
 
 def test_colours_beyond_the_ends_and_of_nan() -> None:
     found = overlay.colourise(np.array([-1.0, 0.0, 1.0, 7.0, np.nan, np.inf]))
-    table = overlay.colour_table("jet")
+    table = overlay.colour_table("inferno")
     assert [tuple(c) for c in found] == [tuple(table[i]) for i in (0, 0, 255, 255, 0, 255)]
     with pytest.raises(InputError, match="no colour map 'yet'"):
         overlay.colourise(np.zeros(2), cmap="yet")
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 255), st.integers(0, 255), st.floats(0, 1))
-def test_blending_is_the_weighted_sum_rounded(under: int, over: int, alpha: float) -> None:
-    image = np.full((1, 1, 3), under, np.uint8)
-    heat = np.full((1, 1, 3), over, np.uint8)
-    expected = (1 - alpha) * under + alpha * over
-    found = overlay.mix(overlay.weigh(image, 1 - alpha), overlay.weigh(heat, alpha))
-    assert np.abs(found - expected).max() <= 0.51
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0, 1), st.sampled_from(["inferno", "jet", "gray"]), st.integers(0, 2**32 - 1))
+def test_the_painter_lays_over_to_one_level(alpha: float, cmap: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    picture = rng.integers(0, 256, (3, 14, 21), dtype=np.uint8).transpose(1, 2, 0)
+    maps = rng.random((2, 2, 3), dtype=np.float32) ** 4
+    look = Look(norm="linear", cmap=cmap, alpha=alpha)
+    painter = OverlayPainter({7: picture}, look)
+    scale = overlay.normalizer(maps * 0.6)  # something lies above it
+    for own in (True, False):
+        values = overlay.stretch(maps[0]) if own else maps[0]
+        heat = overlay.resize(values, (14, 21))
+        expected = overlay.lay_over(
+            picture / np.float32(255),
+            heat,
+            normalizer=overlay.normalizer(np.ones(1)) if own else scale,
+            cmap=cmap,
+            alpha=alpha,
+        )
+        found = painter.paint(maps[0], 7, None if own else scale)
+        assert np.abs(found.astype(int) - expected).max() <= 1
+        assert found.shape == (14, 21, 3)
 
 
-def test_weighting_the_table_is_weighting_its_colours_also_of_turned_pictures() -> None:
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (3, 8, 9), dtype=np.uint8).transpose(1, 2, 0)
-    entries = rng.integers(0, 256, (8, 9), dtype=np.uint8)
-    colours = overlay.colour_table("jet")
-    under = overlay.weigh(image, 0.7)
-    fast = overlay.mix(under, overlay.weigh(colours, 0.3).take(entries, axis=0))
-    assert (fast == overlay.mix(under, overlay.weigh(colours[entries], 0.3))).all()
-    assert fast.shape == (8, 9, 3)
+def test_looks_that_can_not_be() -> None:
     with pytest.raises(InputError, match="alpha"):
-        overlay.OverlayPainter({}, alpha=1.5)
+        OverlayPainter({}, Look(alpha=1.5))
+    with pytest.raises(InputError, match="no colour map 'yet'"):
+        OverlayPainter({}, Look(cmap="yet"))
+    with pytest.raises(InputError, match="norm is one of 'own', 'auto'"):
+        Look(norm="sqrt")
+
+
+def test_what_the_painter_does_with_a_constant_map_and_eps() -> None:
+    picture = np.full((4, 4, 3), 200, np.uint8)
+    constant, noise = np.full((2, 2), 0.25, "f"), np.array([[0, 1e-6], [0, 0]], "f")
+    dark = OverlayPainter({0: picture}, Look()).paint(constant, 0)
+    assert len(np.unique(dark.reshape(-1, 3), axis=0)) == 1
+    loud = OverlayPainter({0: picture}, Look()).paint(noise, 0)
+    assert len(np.unique(loud.reshape(-1, 3), axis=0)) > 1
+    assert (OverlayPainter({0: picture}, Look(eps=1.0)).paint(noise, 0) == dark).all()
 
 
 def test_an_outline_lies_inside_its_box_and_leaves_the_picture_alone() -> None:

@@ -116,7 +116,7 @@ def test_without_a_display_the_alternatives_are_named(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(DisplayError, match="query_idx=500") as caught:
         pick_patches(IMAGE, LAYOUT)
-    assert "HTML" in str(caught.value)
+    assert "TokenLayout.index" in str(caught.value)
     assert "DISPLAY" in str(caught.value)
 
 
@@ -142,7 +142,10 @@ def test_the_overlay_runner_asks_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(pick, "pick_patches", picked)
     found = draw(stored(tmp_path), tmp_path / "o", query_idx="interactive")
     assert asked == [((24, 32, 3), (3, 4), "frame 1")]
-    assert [Path(f).name for f in found[0, "mean"]] == ["overlay_5.png", "overlay_9.png"]
+    assert [Path(f).name for f in found[0, "mean"]] == [
+        "overlay_5_frame_2.png",
+        "overlay_9_frame_2.png",
+    ]
     monkeypatch.setattr(pick, "pick_patches", lambda *_, **__: [])
     with pytest.raises(InputError, match="no patch was chosen"):
         draw(stored(tmp_path), tmp_path / "o", query_idx="interactive")

@@ -229,6 +229,67 @@ def test_the_strongest_patch_of_every_frame(images: Tensor) -> None:
     np.testing.assert_allclose([m.share for m in matches], weights.sum(1), atol=1e-5)
 
 
+def plain(row: Tensor) -> Tensor:
+    """Global weights, all of whose rows of one head are the same, over S frames."""
+    return (row / row.sum()).expand(B, 1, S * P, S * P)
+
+
+def test_weak_matches_are_told_against_the_uniform_share(images: Tensor) -> None:
+    """Frame 0 is looked at, frame 1 has 4.9 times the uniform weight, frame 2 is all but ignored:
+    6 times, but little else."""
+    keys = S * P
+    row = torch.full((S, P), 1e-6)
+    row[0, SPECIAL + 3] = 0.4
+    row[1, SPECIAL + 4] = 4.9 / keys
+    row[2, SPECIAL + 5] = 5.1 / keys
+    row[0, 0] = 1 - row.sum()
+    for renormalize in (False, True):
+        query = Query(30, renormalize=renormalize)
+        values = query_values(plain(row.flatten()), images, query)
+        scale = values.patch_mass if renormalize else 1
+        assert values.uniform * scale == pytest.approx(1 / keys)
+        assert [match.weak for match in values.matches] == [False, True, False]
+    uniform = query_values(plain(torch.ones(keys)), images, Query(30))
+    assert all(match.weak for match in uniform.matches)
+
+
+def test_a_frame_that_is_hardly_looked_at_has_no_strong_match() -> None:
+    """Of 40 × 40 patches, six times the uniform weight on one is next to nothing."""
+    layout = TokenLayout(1, (40, 40), KINDS, 1)
+    row = torch.full((1605,), 1e-9)
+    row[700] = 6 / 1605
+    row[0] = 1 - row.sum()
+    values = query_values(
+        row.expand(1, 1, 1605, 1605), torch.zeros(1, 3, 40, 40), Query(20, patch_size=1)
+    )
+    (match,) = values.matches
+    assert match.weight > 5 / layout.num_tokens
+    assert match.weak
+
+
+def test_maxima_over_heads_are_no_shares(images: Tensor) -> None:
+    values = query_values(make("global"), images, Query(30, head_idx="max"))
+    assert all(np.isnan(match.share) for match in values.matches)
+    assert all(match.weight > 0 for match in values.matches)
+    assert values.metadata["patch_mass"] is None
+    json.dumps(values.metadata, allow_nan=False)
+
+
+def test_the_query_in_the_maps(images: Tensor) -> None:
+    """Where `own` points, dark frames counted by their number in the scene."""
+    values = query_values(make("global"), images, Query(P + SPECIAL + 6))
+    assert values.own == (1, 1, 2)
+    assert query_values(make("frame"), images, Query(11, frame_idx=2)).own == (0, 1, 2)
+    special = query_values(make("global"), images, Query(P, allow_special=True))
+    assert special.own is None
+    row = torch.full((S, P), 1e-7)
+    row[1, SPECIAL + 6], row[0, SPECIAL], row[2, SPECIAL] = 0.6, 0.1, 0.01
+    values = query_values(plain(row.flatten()), images, Query(P + SPECIAL + 6))
+    assert values.dark_frames() == (2,)
+    assert values.dark_frames(norm="linear") == (2,)
+    assert values.dark_frames(norm="log") == ()
+
+
 def test_only_rows_are_computed(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """No N×N matrix: `rows` of the one query is all that is asked for."""
     asked = []

@@ -33,11 +33,11 @@ def test_the_cls_token_and_a_patch(
     assert main(["vit", str(photo), *MODEL, "--block", "-2", "-q", "3,5", "-o", str(out)]) == 0
     assert main(["vit", str(photo), *MODEL, "-b", "0", "-q", "pixel:20,40", "-o", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {
-        f"photo_blocks.{block}.attn_{query}.{ending}"
-        for block, query in ((5, "cls"), (4, "3-5"), (0, "pixel-20-40"))
+        f"photo_test_vit-random_blocks.{block}.attn_{query}.{ending}"
+        for block, query in ((5, "cls"), (4, "r3-c5"), (0, "20-40px"))
         for ending in ("png", "npz")
     }
-    with np.load(out / "photo_blocks.4.attn_3-5.npz") as stored:
+    with np.load(out / "photo_test_vit-random_blocks.4.attn_r3-c5.npz") as stored:
         assert stored["token"] == 1 + 3 * 10 + 5
         assert stored["maps"].shape == (2, 10, 10)
         assert np.allclose(stored["rows"].sum(-1), 1, atol=1e-5)
@@ -48,14 +48,47 @@ def test_sites(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "blocks.5.attn  Attention  self  2      kernel" in capsys.readouterr().out
 
 
+def test_a_pixel_counts_in_the_photo(photo: Path, tmp_path: Path) -> None:
+    """Each patch's middle in the photo is where an independent resize and crop puts it."""
+    out = tmp_path / "out"
+    # 150×120 becomes 210×168, of which the middle 160×160 is taken: 25 and 4 pixels are cut away.
+    for row, col in ((0, 0), (3, 5), (9, 9)):
+        x, y = ((25 + 16 * col + 8) / 1.4 - 0.5, (4 + 16 * row + 8) / 1.4 - 0.5)
+        query = f"{x:.1f},{y:.1f}px"
+        assert main(["vit", str(photo), *MODEL, "-q", query, "-o", str(out)]) == 0
+        (stored,) = out.glob("*.npz")
+        with np.load(stored) as values:
+            assert values["token"] == 1 + 10 * row + col
+        for file in out.iterdir():
+            file.unlink()
+
+
+def test_sites_and_heads_and_formats(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["vit", str(photo), *MODEL, "--sites", "blocks.4.*", "blocks.5.attn"]
+    argv += ["--head", "1", "mean"]
+    assert main([*argv, "--format", "png,svg", "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("mean of heads: strongest") == 2
+    assert "head 0" not in said
+    stems = {f"photo_test_vit-random_blocks.{block}.attn_cls" for block in (4, 5)}
+    names = {f"{stem}.{ending}" for stem in stems for ending in ("png", "svg", "npz")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    with np.load(tmp_path / "out/photo_test_vit-random_blocks.5.attn_cls.npz") as stored:
+        assert stored["maps"].shape == (2, 10, 10)
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (["--block", "9"], "no block 9: the model has blocks 0…5"),
+        (["--block", "9"], "--block 9: the model has blocks 0…5"),
         (["--site", "blocks.9.attn"], "no site 'blocks.9.attn': nearest"),
         (["--query", "camera"], "no special token of kind 'camera'"),
         (["--query", "99,0"], "row 99 is outside"),
-        (["--query", "a,b"], "a query is ROW,COL"),
+        (["--query", "10,3px"], "pixel 10,3 was cut away"),
+        (["--head", "2"], "--head 2: the model has heads 0…1"),
+        (["--size", "225"], "--size 225: the model's patches are 16 pixels wide; use 224"),
         (["--model", "test_vitt"], "no model 'test_vitt'"),
         (["--weights", "missing.pt"], "no checkpoint missing.pt"),
     ],

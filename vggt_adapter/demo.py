@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import re
+import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-import torch
-from torch import nn
+from vistvis.commands import _options
+from vistvis.errors import InputError
+from vistvis.queries import TokenQuery, parse_query
 
-from vggt_adapter.geometry import MODES
-from vggt_adapter.inputs import ATTENTION_TYPES, HEAD_REDUCTIONS, Head, Query
-from vggt_adapter.preprocess import LoadedImages
-from vggt_adapter.steps import TINY, Answer, ask, choose_token, load_model, load_pictures, suggested
-from vistvis import TokenPlace
-from vistvis.devices import DTYPES
-from vistvis.files import PathLike
-from vistvis.views.painting import NORMS
-
+# What follows is imported where it is used: `vistvis --help` reads this module and loads no torch.
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from vggt_adapter.inputs import Head
+    from vggt_adapter.preprocess import LoadedImages
+    from vggt_adapter.steps import Answer
+    from vistvis import TokenPlace
+    from vistvis.files import PathLike
     from vistvis.views.figures import NotebookFigure
+
+TINY = "vggt:tiny"
+MODES = ("crop", "pad")
+ATTENTION_TYPES = ("frame", "global")
+
+
+class Figures(list[tuple[str, "NotebookFigure"]]):
+    """Figures with their attention types, in order; a type is a key too."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return dict(self)[key] if isinstance(key, str) else super().__getitem__(key)
 
 
 def demo_visualize_token_attention(
@@ -37,11 +50,11 @@ def demo_visualize_token_attention(
     dtype: str | torch.dtype | None = None,
     size: int | None = None,
     mode: str = "crop",
-    norm: str = "linear",
+    norm: str = "auto",
     renormalize: bool = False,
     allow_special: bool = False,
     output_dir: PathLike | None = None,
-) -> tuple[dict[str, NotebookFigure], dict[str, Any]]:
+) -> tuple[Figures, dict[str, Any]]:
     """Load pictures and a model, look at one token, draw it.
 
     Parameters
@@ -67,25 +80,33 @@ def demo_visualize_token_attention(
     head_idx, norm, renormalize, allow_special
         As in `visualize_attention_on_image`.
     output_dir
-        Write the figures (PNG) and `values.npz` there.
+        Write the figures (PNG) and their numbers (`values.npz`, see `Answer.write`) there.
 
     Returns
     -------
-    `{"frame": figure, "global": figure}`, those that were asked for, and what
-    `extract_both_attentions` returns.
+    `[("frame", figure), ("global", figure)]` in the order of `attention_types`, where a type is a
+    key too (`figures["global"]`), and what `extract_both_attentions` returns.
 
     InputError if pictures can't be read, a block does not exist, or arguments contradict each
     other; IndexOutOfRange if the head does not exist. Cost: one forward pass.
     """
+    from vggt_adapter.inputs import Query
+    from vggt_adapter.steps import ask, choose_token, load_model, load_pictures
+
     ready = load_model(model, device=device, dtype=dtype)
     loaded = load_pictures(image_paths, ready, size=size, mode=mode)
     place, requested = choose_token(ready, loaded, token_idx, allow_special=allow_special)
     query = Query(requested, head_idx, renormalize=renormalize)
     answer = ask(ready, loaded, place, query, block_idx=block_idx, attention_types=attention_types)
-    figures = answer.draw(norm=norm, pictures=loaded.sharp())
+    figures = answer.draw(
+        norm=norm,
+        pictures=loaded.sharp(),
+        names=[path.name for path in loaded.paths],
+        untrained=not getattr(ready, "trained", True),
+    )
     if output_dir is not None:
         answer.write(figures, output_dir)
-    return figures, answer.result
+    return Figures(figures.items()), answer.result
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -96,17 +117,13 @@ _EXAMPLES = """\
 examples:
   vistvis demo
       three sample views through the bundled small VGGT
-  vistvis demo a.jpg b.jpg c.jpg --block 3 --head 0 --pixel 0:120,80 --out DIR
+  vistvis demo a.jpg b.jpg c.jpg --query 0:120,80px --out DIR
       your photographs of one scene; the pixel counts in the original photo
-  vistvis demo *.jpg --model facebook/VGGT-1B --block 23 --head mean --token 1750
-      the published model (5 GB, fetched once); the token counts over all frames
-  vistvis demo *.jpg --model ./VGGT-1B --types global --norm percentile --device cuda
-      weights from a local folder or file; only global attention; a scale that ignores sinks
+  vistvis demo *.jpg --model vggt:facebook/VGGT-1B --block 23 --head mean --query token1750
+      the published model (5 GB, fetched once)
 
-the bundled model:
-  Head 0 of its last global block was trained to point at the same place in the other views (a
-  matching loss on its attention); all its other heads are free. What it was trained on and how
-  well it does: MODEL_CARD.md in the folder vggt_adapter/weights.
+Head 0 of the bundled model's last global block was trained to point at the same place in the other
+views; its other heads are free: MODEL_CARD.md in the folder vggt_adapter/weights.
 """
 
 
@@ -115,60 +132,137 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     add = parser.add_argument
     add("images", nargs="*", metavar="PHOTO", help="photographs of one scene (default: samples)")
-    add(
-        *("-m", "--model"),
-        default=TINY,
-        help="'tiny' (bundled, default), a name on the hub, a local folder or file",
-    )
+    names = "vggt:tiny (bundled), vggt:facebook/VGGT-1B or another of the hub, vggt:FILE"
+    _options.add_model(parser, default=TINY, what=names)
+    queries = parser.add_mutually_exclusive_group()
+    _options.add_query(queries, default="a token (default 0:middle)")
+    _options.add_alias(queries, "--pixel", dest="query", type=_pixel)
+    queries.add_argument("--token", type=_options.count, help=argparse.SUPPRESS)
+    add("--allow-special", action="store_true", help=argparse.SUPPRESS)
     add(
         *("-b", "--block"),
-        type=int,
+        type=_options.block,
+        metavar="N",
         help="pair of blocks, from 0; negative from the end (default: the last)",
     )
-    add("--head", type=_head, help="a head, 'mean' or 'max' over all heads (default: 0)")
-    query = parser.add_mutually_exclusive_group()
-    query.add_argument(
-        "--pixel",
-        type=_pixel,
-        metavar="FRAME:X,Y",
-        help="the query: a pixel of an original photo (default: the middle of frame 0)",
+    add(
+        "--head",
+        type=_options.head("mean", "max"),
+        metavar="HEAD",
+        help="a head, 'mean' or 'max' over all heads (default 0)",
     )
-    query.add_argument(
-        "--token", type=int, help="the query: a token, counted over all frames, special ones too"
+    add(
+        "--types",
+        type=_types,
+        default=ATTENTION_TYPES,
+        metavar="KINDS",
+        help="frame,global (default), or one",
     )
-    add("--allow-special", action="store_true", help="--token may be a camera or register token")
-    add("--types", type=_types, default=ATTENTION_TYPES, help="frame,global (default), or one")
-    add("--norm", choices=NORMS, default="linear", help="colour scale (default: linear)")
     add("--renormalize", action="store_true", help="weights over patches only, summing to 1")
-    add("--size", type=int, help="pixels of the pictures' width (default: model's)")
-    add("--mode", choices=MODES, default="crop", help="how they are cut")
-    add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    add("--dtype", choices=DTYPES, help="default: that of the weights")
-    files = "where files go (default: %(default)s)"
-    add("-o", "--out", default="vistvis-demo", metavar="DIR", help=files)
+    add("--mode", choices=MODES, default="crop", metavar="HOW", help="crop (default) or pad")
+    _options.add_place(parser)
+    _options.add_look(parser)
+    _options.add_format(parser)
+    _options.add_out(parser, default="vistvis-demo")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `vistvis demo`; prints the strongest match in every frame and where the files are."""
-    model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    loaded = load_pictures(
-        arguments.images or None, model, size=arguments.size, mode=arguments.mode
-    )
-    place, requested = choose_token(
-        model, loaded, arguments.token, pixel=arguments.pixel, allow_special=arguments.allow_special
-    )
+    """Run `vistvis demo`; prints the strongest patch in every frame and where the files are."""
+    photos = _options.checked_photos(arguments.images)
+    model = _load(arguments)
+
+    from vggt_adapter.inputs import Query
+    from vggt_adapter.steps import ask, load_pictures, patch_size_of, suggested
+
+    _options.check_size(arguments.size, patch_size_of(model))
+    loaded = load_pictures(photos or None, model, size=arguments.size, mode=arguments.mode)
+    place, requested = _place(arguments, model, loaded)
     head = suggested(model, "head", 0) if arguments.head is None else arguments.head
     block = suggested(model, "block", -1) if arguments.block is None else arguments.block
+    _check_block(model, block, head)
     query = Query(requested, head, renormalize=arguments.renormalize)
     answer = ask(model, loaded, place, query, block_idx=block, attention_types=arguments.types)
-    figures = answer.draw(norm=arguments.norm, pictures=loaded.sharp())
-    written = answer.write(figures, arguments.out)
     trained = getattr(model, "trained", True)
+    figures = answer.draw(
+        pictures=loaded.sharp(),
+        names=[path.name for path in loaded.paths],
+        untrained=not trained,
+        **_options.look_of(arguments),
+    )
+    written = answer.write(figures, arguments.out, formats=arguments.format)
     print("\n".join(report(answer, loaded, arguments.model, trained=trained)))
+    norm = arguments.norm or _options.NORMS[0]
+    for kind, values in answer.values.items():
+        if dark := [f"frame {frame}" for frame in values.dark_frames(norm=norm)]:
+            print(f"\n{kind} attention: {_options.dark_text(dark, norm)}")
     print(f"\nwritten to {Path(arguments.out).resolve()}:")
     for path in written:
         print(f"  {path.name}")
+    print(f"\nnext: {_next(answer, arguments)}")
     return 0
+
+
+def _load(arguments: argparse.Namespace) -> nn.Module:
+    from vggt_adapter.checkpoint import HUB_NAME
+    from vggt_adapter.steps import load_model
+
+    front, colon, rest = arguments.model.partition(":")
+    name = rest if colon and front == "vggt" else arguments.model
+    if (colon and front != "vggt" and not Path(name).exists()) or not name:
+        raise InputError(
+            f"--model {arguments.model}: this command shows VGGT and takes vggt:NAME; for other "
+            "models see vistvis vit --help"
+        )
+    file = Path(name).expanduser()
+    if name != "tiny" and not file.exists() and not HUB_NAME.fullmatch(name):
+        raise InputError(
+            f"--model {arguments.model}: no such file, and no name as the hub has them; take "
+            "vggt:tiny, vggt:facebook/VGGT-1B or vggt:FILE"
+        )
+    with _options.from_hub(arguments.model):
+        return load_model(name, device=arguments.device, dtype=arguments.dtype)
+
+
+def _place(
+    arguments: argparse.Namespace, model: nn.Module, loaded: LoadedImages
+) -> tuple[TokenPlace, int]:
+    """The token that is meant, and the index that was asked for."""
+    from vggt_adapter.steps import choose_token, layout_of
+
+    if arguments.query is None:
+        special = arguments.allow_special
+        return choose_token(model, loaded, arguments.token, allow_special=special)
+    token = arguments.query.index(
+        layout_of(model, loaded),
+        to_model=lambda frame, x, y: loaded.geometries[frame].model_pixel(x, y),
+    )
+    return choose_token(model, loaded, token, allow_special=True)
+
+
+def _check_block(model: nn.Module, block: int, head: int | str) -> None:
+    """InputError in words of the command, before the model runs."""
+    from vggt_adapter.blocks import find_blocks, pair_of, watched_part
+    from vistvis.models.sites import find_sites
+
+    part = watched_part(model)
+    blocks = find_blocks(part)
+    depth = sum(one.kind == "global" for one in blocks)
+    if not -depth <= block < depth:
+        raise InputError(f"--block {block}: the model has blocks 0…{depth - 1}")
+    path = pair_of(blocks, block)[1].path
+    heads = next(site.heads for site in find_sites(part) if site.path == path)
+    if heads is not None:
+        _options.check_head(head, heads)
+
+
+def _next(answer: Answer, arguments: argparse.Namespace) -> str:
+    """The same query, seen another way."""
+    query = "" if arguments.query is None else f"--query '{arguments.query.text}'"
+    (head,) = {values.head for values in answer.values.values()}
+    other = "--norm log" if head == "mean" else "--head mean"
+    model = "" if arguments.model == TINY else f"--model {arguments.model}"
+    words = ["vistvis demo", *map(shlex.quote, arguments.images), model, query, other]
+    return " ".join(filter(None, words))
 
 
 def report(answer: Answer, loaded: LoadedImages, name: str, *, trained: bool) -> list[str]:
@@ -191,12 +285,15 @@ def report(answer: Answer, loaded: LoadedImages, name: str, *, trained: bool) ->
         mass = f": {100 * values.patch_mass:.1f} % of the weight lies on patches"
         lines += ["", f"{kind} attention, block {block}, {values.head_text}"]
         lines[-1] += mass if values.head != "max" else ""
-        lines.append("  frame  strongest match                       weight   frame's share")
+        lines.append("  frame  strongest patch                       weight   frame's share")
         for match in values.matches:
+            share = "" if math.isnan(match.share) else f"{100 * match.share:>11.1f} %"
             lines.append(
                 f"  {match.place.frame:>5}  {_where(match.place, loaded):<36}"
-                f"{match.weight:>8.3g}   {100 * match.share:>11.1f} %"
+                f"{match.weight:>8.3g}   {share}{'  weak' * match.weak}".rstrip()
             )
+        if any(match.weak for match in values.matches):
+            lines.append("  weak: hardly more than if the query looked nowhere in particular")
     return lines
 
 
@@ -207,29 +304,21 @@ def _where(place: TokenPlace, loaded: LoadedImages) -> str:
     return f"row {place.row}, col {place.col}, photo pixel {x:.0f},{y:.0f}"
 
 
-def _pixel(text: str) -> tuple[int, float, float]:
-    number = r"\s*(-?\d+(?:\.\d+)?)\s*"
-    parts = re.fullmatch(rf"\s*(\d+)\s*:{number},{number}", text)
-    if parts is None:
-        raise argparse.ArgumentTypeError(f"FRAME:X,Y is meant, for example 0:120,80; got {text!r}")
-    return int(parts[1]), float(parts[2]), float(parts[3])
-
-
-def _head(text: str) -> int | str:
-    if text in HEAD_REDUCTIONS:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"a head's number, 'mean' or 'max' is meant, got {text!r}"
-        ) from None
+@_options.typed
+def _pixel(text: str) -> TokenQuery:
+    """`--pixel FRAME:X,Y`, as queries were named before there was a grammar."""
+    frame, colon, _ = text.partition(":")
+    if not colon or not frame.strip():
+        raise InputError(f"FRAME:X,Y is meant, or --query FRAME:X,Ypx; got {text[:40]!r}")
+    return parse_query(f"{text}px")
 
 
 def _types(text: str) -> tuple[str, ...]:
     kinds = tuple(part.strip() for part in text.split(",") if part.strip())
     if not kinds or any(kind not in ATTENTION_TYPES for kind in kinds):
-        raise argparse.ArgumentTypeError(f"frame, global or frame,global is meant, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"frame, global or frame,global is meant, got {text[:40]!r}"
+        )
     return kinds
 
 

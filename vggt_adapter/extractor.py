@@ -160,6 +160,7 @@ def extract_both_attentions(
     dense: bool = False,
     rope: bool = True,
     keep: Literal["cpu"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Frame and global attention of one block, in one forward pass without gradients.
 
@@ -176,6 +177,8 @@ def extract_both_attentions(
         (Depth Anything 3), the global one; the frame one is then the last before it.
     dense, rope, keep
         As for `AttentionExtractor.register_hooks`.
+    dtype
+        Run under autocast in this dtype, for example `torch.bfloat16`; None: as the model is.
 
     Returns
     -------
@@ -191,7 +194,8 @@ def extract_both_attentions(
     with AttentionExtractor(model) as extractor:
         frame, together = pair_of(extractor.blocks, block_idx)
         extractor._watch((frame, together), dense, rope=rope, keep=keep)
-        with torch.no_grad():
+        device = next(model.parameters()).device.type
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
             model(images)
         maps, site = extractor.get_attention_maps(), extractor.captured[frame.name].site
     layout = site.key_layout if site else None

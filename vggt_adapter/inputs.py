@@ -237,13 +237,13 @@ def _check_batch(attention: Attention, kind: str, size: tuple[int, int, int, int
 
 
 def checked_types(attention_types: str | Sequence[str]) -> list[str]:
-    """The attention types that are asked for, frame first."""
+    """The attention types that are asked for, in their order."""
     asked = [attention_types] if isinstance(attention_types, str) else list(attention_types)
     if not asked or any(kind not in ATTENTION_TYPES for kind in asked):
         raise InputError(
             f"attention types are {' and '.join(map(repr, ATTENTION_TYPES))}, got {asked!r}"
         )
-    return [kind for kind in ATTENTION_TYPES if kind in asked]
+    return list(dict.fromkeys(asked))
 
 
 def head_of(head_idx: Head, heads: int) -> int | str:

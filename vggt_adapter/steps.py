@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from vggt_adapter.blocks import find_blocks, watched_part
 from vggt_adapter.config import IMAGE_SIZE
 from vggt_adapter.extractor import extract_both_attentions
-from vggt_adapter.inputs import ATTENTION_TYPES, FloatArray, Query, checked_types
+from vggt_adapter.inputs import ATTENTION_TYPES, Query, checked_types
 from vggt_adapter.model import VGGT
 from vggt_adapter.preprocess import LoadedImages, load_images
 from vggt_adapter.values import QueryValues, query_values, resolve_token
@@ -41,37 +42,53 @@ class Answer:
     values: dict[str, QueryValues]
     result: dict[str, Any]
 
-    def draw(
-        self, *, norm: str = "linear", pictures: FloatArray | None = None
-    ) -> dict[str, NotebookFigure]:
-        """The figures; `pictures` as `LoadedImages.sharp` gives them."""
+    def draw(self, **look: Any) -> dict[str, NotebookFigure]:
+        """The figures; `look` are keywords of `vggt_adapter.figures.draw_values`."""
         from vggt_adapter.figures import draw_values
 
-        return {
-            kind: draw_values(values, norm=norm, pictures=pictures)
-            for kind, values in self.values.items()
-        }
+        return {kind: draw_values(values, **look) for kind, values in self.values.items()}
 
-    def write(self, figures: dict[str, NotebookFigure], folder: PathLike) -> list[Path]:
-        """The figures as PNG, and the numbers as `values.npz`, which numpy reads without pickle.
+    def write(
+        self,
+        figures: dict[str, NotebookFigure],
+        folder: PathLike,
+        *,
+        formats: Sequence[str] = ("png",),
+    ) -> list[Path]:
+        """The figures, and their numbers as an NPZ file, which numpy reads without pickle.
 
-        That holds `frame_attention_maps` `(rows, cols)`, `global_attention_maps` `(S, rows, cols)`,
-        both also `…_resized`, `images` `(S, H, W, 3)` as uint8, and `metadata`, a JSON text by
-        attention type. Each file is whole or not there. Returns the paths.
+        That is `values.npz`, or `values_block_<b>_head_<h>_token_<t>.npz` where the folder has one
+        of another query or of other pictures. It holds `frame_attention_maps` `(rows, cols)`,
+        `global_attention_maps` `(S, rows, cols)`, both also `…_resized`, `images` `(S, H, W, 3)` as
+        uint8, and `metadata`, a JSON text by attention type. Each file is whole or not there.
+        Returns the paths.
         """
-        written, arrays = [], {}
+        written, arrays, stem = [], {}, ""
         for kind, values in self.values.items():
-            block, numbers = self.result["block_idx"], values.as_dict()
-            name = f"{kind}_block_{block}_head_{values.head}_token_{values.query.token}.png"
-            written.append(figures[kind].save(Path(folder) / name))
+            numbers = values.as_dict()
+            block, token = self.result["block_idx"], values.query.token
+            stem = f"block_{block}_head_{values.head}_token_{token}"
+            written += figures[kind].save_as(Path(folder) / f"{kind}_{stem}", formats)
             for part in ("attention_maps", "attention_maps_resized"):
                 arrays[f"{kind}_{part}"] = numbers[part]
             arrays["images"] = (values.images * 255).round().astype(np.uint8)
         metadata = {kind: values.metadata for kind, values in self.values.items()}
+        arrays["metadata"] = np.array(json.dumps(metadata))
         target = Path(folder) / "values.npz"
+        if target.exists() and not _is_of(target, arrays):
+            target = target.with_name(f"values_{stem}.npz")
         with atomic_file(target, sync=False) as file:
-            np.savez_compressed(file, **arrays, metadata=np.array(json.dumps(metadata)))
+            np.savez_compressed(file, **arrays)
         return [*written, target]
+
+
+def _is_of(file: Path, arrays: Mapping[str, Any]) -> bool:
+    """Whether a file of numbers is of the same query and pictures."""
+    try:
+        with np.load(file) as there:
+            return all(np.array_equal(there[name], arrays[name]) for name in ("metadata", "images"))
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return False
 
 
 def load_model(
@@ -109,15 +126,26 @@ def load_pictures(
 ) -> LoadedImages:
     """Photographs as the model takes them; None: the sample views."""
     chosen = sample_views() if paths is None else list(paths)
-    # Of any pictures that are large enough: a model's patches have one size.
-    (patch_size, across) = TokenLayout.from_model(model, torch.empty(1, 1, 3, 512, 512)).patch_size
-    if across != patch_size:
-        raise InputError(f"patches are square here, this model's are {patch_size}×{across}")
+    patch_size = patch_size_of(model)
     if size is None:
         config = getattr(model, "config", None)
         default = getattr(config, "img_size", IMAGE_SIZE // patch_size * patch_size)
         size = int(suggested(model, "size", default))
     return load_images(chosen, mode=mode, size=size, patch_size=patch_size)
+
+
+def patch_size_of(model: nn.Module) -> int:
+    """The side of a model's patches in pixels; InputError where they are not square."""
+    # Of any pictures that are large enough: a model's patches have one size.
+    (patch_size, across) = TokenLayout.from_model(model, torch.empty(1, 1, 3, 512, 512)).patch_size
+    if across != patch_size:
+        raise InputError(f"patches are square here, this model's are {patch_size}×{across}")
+    return int(patch_size)
+
+
+def layout_of(model: nn.Module, loaded: LoadedImages) -> TokenLayout:
+    """Where the tokens of these pictures lie."""
+    return TokenLayout.from_model(model, loaded.images.unsqueeze(0))
 
 
 def sample_views() -> list[Path]:
@@ -131,24 +159,16 @@ def choose_token(
     loaded: LoadedImages,
     token_idx: SupportsIndex | None = None,
     *,
-    pixel: tuple[int, float, float] | None = None,
     allow_special: bool = False,
 ) -> tuple[TokenPlace, int]:
-    """The query token: an absolute index, a pixel `(frame, x, y)` of an original photo, or neither
-    for the middle of frame 0. Before the forward pass, so that a slip costs no waiting.
+    """The query token: an absolute index, or None for the middle of frame 0.
 
-    Returns its place, and the index that was asked for; InputError if there is no such pixel, or it
-    was cropped away.
+    Before the forward pass, so that a slip costs no waiting. Returns its place, and the index that
+    was asked for.
     """
-    layout = TokenLayout.from_model(model, loaded.images.unsqueeze(0))
-    if pixel is not None:
-        frame, x, y = pixel
-        if not 0 <= frame < layout.frames:
-            raise InputError(f"the pixel is one of frame {frame}: there are 0…{layout.frames - 1}")
-        token_idx = loaded.token_at(layout, frame, x, y)
-    elif token_idx is None:
-        token_idx = layout.center()
-    return resolve_token(layout, token_idx, allow_special=allow_special), int(token_idx)
+    layout = layout_of(model, loaded)
+    asked = layout.center() if token_idx is None else int(token_idx)
+    return resolve_token(layout, asked, allow_special=allow_special), asked
 
 
 def ask(

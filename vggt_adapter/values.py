@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from dataclasses import dataclass
@@ -28,7 +29,12 @@ from vggt_adapter.inputs import (
 from vistvis import Attention, SiteInfo, TokenLayout, TokenPlace
 from vistvis.errors import InputError, VistvisWarning
 from vistvis.images import to_unit
-from vistvis.views.painting import resize
+from vistvis.views.painting import Own, dark_maps, normalizer, resize
+
+# A patch is looked at where it gets more than so many times what each key would get if all got the
+# same, in a frame whose patches get at least such a part of what they would get then. Below that a
+# largest weight is there, because there always is one, but it says nothing.
+_TIMES, _PART = 5.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,9 @@ class Match:
     place: TokenPlace
     weight: float
     share: float
-    """Sum over all patches of that frame."""
+    """Sum over all patches of that frame; NaN for "max": maxima over heads add up to nothing."""
+    weak: bool
+    """Hardly more than if the query looked nowhere in particular: it says nothing of the scene."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +70,11 @@ class QueryValues:
     num_heads: int
     batch: int
     patch_mass: float
-    """Sum of the raw weights on patches; the rest lies on special tokens."""
+    """Sum of the raw weights on patches; the rest lies on special tokens. (For "max" no share.)"""
     renormalized: bool
     """`maps` were divided by `patch_mass`."""
+    uniform: float
+    """The weight of each key if all had the same, in the units of `maps`."""
     site: SiteInfo | None = None
 
     @property
@@ -76,8 +86,7 @@ class QueryValues:
     @property
     def merged(self) -> bool:
         """Whether keys are merged tokens, whose patches share their weight equally."""
-        order = self.site.key_order if self.site else None
-        return order is not None and order.members is not None
+        return self.site is not None and _is_merged(self.site)
 
     @property
     def head_text(self) -> str:
@@ -91,18 +100,36 @@ class QueryValues:
         """`(F, H, W)`: the maps at the size of the pictures, bilinear."""
         return resize(self.maps, size=self.layout.image_size)
 
+    @property
+    def own(self) -> Own | None:
+        """The query's patch in `maps`, as `normalizer` takes it."""
+        place = self.query
+        if not place.is_patch or place.frame not in self.frames:
+            return None
+        assert place.row is not None
+        assert place.col is not None
+        return self.frames.index(place.frame), place.row, place.col
+
+    def dark_frames(self, *, norm: str = "auto") -> tuple[int, ...]:
+        """The frames whose maps are dark on this scale, though there is something in them."""
+        dark = dark_maps(self.maps, normalizer(self.maps, norm=norm, own=self.own))
+        return tuple(self.frames[number] for number in dark)
+
     @cached_property
     def matches(self) -> tuple[Match, ...]:
         """The strongest patch of every frame shown."""
-        layout = self.layout
         return tuple(
-            Match(
-                layout.locate(layout.index(frame=frame, patch=int(weights.argmax()))),
-                float(weights.max()),
-                float(weights.sum()),
-            )
+            self._match(frame, weights)
             for frame, weights in zip(self.frames, self.maps, strict=True)
         )
+
+    def _match(self, frame: int, weights: FloatArray) -> Match:
+        """The strongest patch of one frame."""
+        layout, largest = self.layout, float(weights.max())
+        share = float(weights.sum()) if self.head != "max" else math.nan
+        weak = largest <= _TIMES * self.uniform or share < _PART * self.uniform * weights.size
+        place = layout.locate(layout.index(frame=frame, patch=int(weights.argmax())))
+        return Match(place, largest, share, weak)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -119,7 +146,8 @@ class QueryValues:
             "head_idx": self.head,
             "attention_type": self.attention_type,
             "patch_start_idx": self.layout.patch_start_idx,
-            "patch_mass": self.patch_mass,
+            # Maxima over heads may well add up to more than 1.
+            "patch_mass": self.patch_mass if self.head != "max" else None,
             "frame_idx": query.frame,
             "token_in_frame": query.token_in_frame,
             "batch_idx": self.batch,
@@ -196,8 +224,8 @@ def get_attention_values(
         cross attention one for each picture that its keys lie in;
         'attention_maps_resized': the same at `(H, W)`, bilinear; 'images': `(S, H, W, 3)` in
         [0, 1]; 'metadata': grid_h, grid_w, H, W, S, token_idx, head_idx, attention_type,
-        patch_start_idx, patch_mass, frame_idx, token_in_frame, batch_idx, requested_token_idx,
-        renormalized, patch_size, block_idx.
+        patch_start_idx, patch_mass (None for "max", whose maxima add up to no share), frame_idx,
+        token_in_frame, batch_idx, requested_token_idx, renormalized, patch_size, block_idx.
 
     InputError if weights, pictures and arguments contradict each other; IndexOutOfRange if the
     head, frame or batch does not exist.
@@ -239,6 +267,9 @@ def query_values(attn_weights: Weights, images: Images, query: Query) -> QueryVa
                 "leave renormalize=False"
             )
         maps = maps / mass
+    # Merged tokens share their weight among the tokens that the row is spread over.
+    merged = attention.site is not None and _is_merged(attention.site)
+    keys = row.size if merged else attention.shape[3]
     return QueryValues(
         attention_type=sides.kind,
         layout=sides.layout,
@@ -252,6 +283,7 @@ def query_values(attn_weights: Weights, images: Images, query: Query) -> QueryVa
         batch=batch,
         patch_mass=mass,
         renormalized=query.renormalize,
+        uniform=1 / keys / (mass if query.renormalize else 1),
         site=attention.site,
     )
 
@@ -325,6 +357,11 @@ def _token_of_queries(attention: Attention, sides: Sides, place: TokenPlace) -> 
             f"others are keys from a cache; {place} is none of them: take the pass of its frame"
         )
     return sides.query.index(frame=place.frame - first, token=place.token_in_frame)
+
+
+def _is_merged(site: SiteInfo) -> bool:
+    """Whether keys stand for several tokens each."""
+    return site.key_order is not None and site.key_order.members is not None
 
 
 def _frames_of(

@@ -11,9 +11,10 @@ import argparse
 import importlib
 import os
 import pkgutil
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import metadata
 from typing import Any, NoReturn
@@ -24,6 +25,8 @@ from vistvis.files import version
 from vistvis.names import suggestion
 
 GROUP = "vistvis.commands"
+# What `vistvis help TOPIC` prints beside the help of commands: the module that has it as `HELP`.
+TOPICS = {"queries": ("vistvis.queries", "how a token is named")}
 USAGE_ERROR = 2
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
@@ -34,23 +37,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0, 2 for wrong input of any kind, 130 after Ctrl-C. As with every
     argparse program, `--help` and arguments that can't be parsed end in `SystemExit`.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
-    if arguments[0] in ("-V", "--version"):
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["help"]
+    if name in ("-h", "--help", "help"):
+        return guarded("vistvis help", lambda: show_help(rest if name == "help" else []))
+    if name in ("-V", "--version"):
         print(f"vistvis {version() or '(from a checkout, not installed)'}")
         return 0
-    name, *rest = arguments
     return guarded(f"vistvis {name}", lambda: run(f"vistvis {name}", load(name), rest))
+
+
+def show_help(topics: Sequence[str]) -> int:
+    """Print the overview, the help of a command, or that of a topic."""
+    if not topics:
+        print(overview())
+    elif topics[0] in TOPICS:
+        print(getattr(importlib.import_module(TOPICS[topics[0]][0]), "HELP"))  # noqa: B009
+    else:
+        run(f"vistvis {topics[0]}", load(topics[0], also=TOPICS), ["--help"])
+    return 0
 
 
 def run(program: str, command: Any, argv: Sequence[str]) -> int:
     """Parse `argv` for a command module and run it."""
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog=program, description=command.HELP, formatter_class=plain)
+    arguments = parser_of(program, command).parse_args(argv)
+    return int(command.run(arguments) or 0)
+
+
+def parser_of(program: str, command: Any) -> argparse.ArgumentParser:
+    """The parser of a command module."""
+    parser = _Parser(prog=program, description=command.HELP, formatter_class=_Help)
     command.add_arguments(parser)
-    return int(command.run(parser.parse_args(argv)) or 0)
+    return parser
 
 
 def guarded(program: str, call: Callable[[], int]) -> int:
@@ -59,7 +76,9 @@ def guarded(program: str, call: Callable[[], int]) -> int:
         warnings.simplefilter("always", VistvisWarning)
         warnings.showwarning = _plain_warnings(program, warnings.showwarning)
         try:
-            return call()
+            code = call()
+            sys.stdout.flush()  # here, where a reader that has gone is not an error
+            return code
         except KeyboardInterrupt:
             _say(program, "interrupted")
             return INTERRUPTED
@@ -83,11 +102,15 @@ def guarded(program: str, call: Callable[[], int]) -> int:
     return USAGE_ERROR
 
 
-def load(name: str) -> Any:
-    """The module of a command; `InputError` if there is none or it lacks what a command has."""
+def load(name: str, *, also: Iterable[str] = ()) -> Any:
+    """The module of a command; `InputError` if there is none or it lacks what a command has.
+
+    `also` are other names that may be meant.
+    """
     available = find_commands()
     if name not in available:
-        hint = suggestion(name, available, otherwise=f"there are {', '.join(available) or 'none'}")
+        names = [*available, *also]
+        hint = suggestion(name, names, otherwise=f"there are {', '.join(names) or 'none'}")
         raise InputError(f"no command {name!r}: {hint} (front ends bring theirs when installed)")
     command = available[name]()
     lacking = [part for part in ("HELP", "add_arguments", "run") if not hasattr(command, part)]
@@ -123,13 +146,42 @@ def overview() -> str:
         except Exception as error:  # a broken front end must not take the help away
             help_text = f"(can't be loaded: {_text(error)})"
         lines.append(f"  {name:<10}{help_text}")
+    lines.append("")
+    lines += [f"  vistvis help {topic:<10}{what}" for topic, (_, what) in TOPICS.items()]
     return "\n".join(lines)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """At most 100 columns; what an option does stands beside its names, one line of usage."""
+
+    def __init__(self, prog: str) -> None:
+        columns = shutil.get_terminal_size().columns - 2
+        super().__init__(prog, max_help_position=30, width=min(columns, 100))
+
+    def add_usage(
+        self, usage: str | None, actions: Iterable[argparse.Action], *rest: Any, **named: Any
+    ) -> None:
+        words = [_in_usage(action) for action in actions if not action.option_strings]
+        super().add_usage(" ".join(["%(prog)s", *words, "[options]"]), actions, *rest, **named)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """`-o, --out DIR`, where argparse before Python 3.13 says `-o DIR, --out DIR`."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        metavar = self._get_default_metavar_for_optional(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, metavar)}"
+
+
+def _in_usage(action: argparse.Action) -> str:
+    name = f"{action.metavar or action.dest}{' …' if action.nargs in ('+', '*') else ''}"
+    return f"[{name}]" if action.nargs in ("?", "*") else name
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
         self.exit(USAGE_ERROR, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 

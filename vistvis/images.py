@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -84,6 +86,23 @@ def to_rgb(images: Values) -> NDArray[np.uint8]:
     if array.dtype != np.uint8:
         array = np.rint(255 * _unit(array, "[0, 1] or [0, 255]", _LARGEST_BYTE)).astype(np.uint8)
     return np.ascontiguousarray(_channels_last(array))
+
+
+def thumbnail_tags(images: Values, *, count: int = 8, height: int = 64) -> str:
+    """The first pictures of `(..., C, H, W)`, as `to_rgb` takes them, small, as HTML that needs no
+    file: `data:` URLs of some KB each."""
+    from PIL import Image
+
+    array = _array(images)
+    tags = []
+    for picture in to_rgb(array.reshape(-1, *array.shape[-3:])[:count]):
+        small, buffer = Image.fromarray(picture), io.BytesIO()
+        width = max(1, round(height * small.width / small.height))
+        small.resize((width, height)).save(buffer, "JPEG", quality=80)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        style = 'style="display: inline; margin: 2px"'
+        tags.append(f'<img src="data:image/jpeg;base64,{data}" {style}>')
+    return "".join(tags)
 
 
 def to_unit(images: Values) -> NDArray[np.float32]:

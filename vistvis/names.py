@@ -1,9 +1,10 @@
-"""Names that people type: one dialect of globs, the nearest names, and short lists for messages."""
+"""Names that people type and read: globs, the nearest names, short lists, tables for notebooks."""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import html
 import re
 from collections.abc import Iterable, Sequence
 
@@ -43,3 +44,22 @@ def harmless(text: object) -> str:
     return "".join(
         sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(text)
     )
+
+
+def html_table(rows: Sequence[Sequence[object]], *, caption: str = "", most: int = 100) -> str:
+    """Rows of words, the first one their head, as HTML that a notebook shows; all text is escaped.
+
+    Of more than `most` rows the first are shown, and how many more there are.
+    """
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        style = ' style="text-align: left"'
+        texts = (f"<{tag}{style}>{html.escape(harmless(cell))}</{tag}>" for cell in cells)
+        return f"<tr>{''.join(texts)}</tr>"
+
+    head, *body = rows
+    shown = [line(head, "th"), *(line(row, "td") for row in body[:most])]
+    if len(body) > most:
+        shown.append(line([f"… and {len(body) - most} more"], "td"))
+    above = f"<div>{html.escape(harmless(caption))}</div>" if caption else ""
+    return f"{above}<table>{''.join(shown)}</table>"

@@ -27,7 +27,9 @@ from vistvis.attention.rows import DENSE_LIMIT, LazyRows, Selection
 from vistvis.attention.segments import fill_box, ranges
 from vistvis.attention.site import SiteInfo
 from vistvis.errors import InputError
+from vistvis.names import html_table
 from vistvis.progress import progress as bar
+from vistvis.tokens import TokenLayout
 
 
 class Attention(LazyRows):
@@ -123,6 +125,16 @@ class Attention(LazyRows):
         """Query heads that share one key head; 1 without grouped heads."""
         return self.shape[1] // self.key.shape[1]
 
+    @property
+    def query_layout(self) -> TokenLayout | None:
+        """How the queries lie in pictures, where the site says it."""
+        return self.site.query_layout if self.site else None
+
+    @property
+    def key_layout(self) -> TokenLayout | None:
+        """How the keys lie in pictures, where the site says it."""
+        return self.site.key_layout if self.site else None
+
     def __repr__(self) -> str:
         batch, heads, queries, keys = self.shape
         parts = [repr(self.site.name)] if self.site else []
@@ -141,6 +153,18 @@ class Attention(LazyRows):
             parts.append("WITHOUT rope")
         held, dense = bytes_text(self.nbytes), bytes_text(self._bytes_of(self.shape))
         return f"Attention({', '.join(parts)}; holds {held}, dense would be {dense})"
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            [
+                ("Attention", self.site.name if self.site else "without a site"),
+                ("kind", self.site.kind if self.site else "not said"),
+                ("weights", f"{' × '.join(map(str, self.shape))} (batch, heads, queries, keys)"),
+                ("keys are", str((self.site and self.site.key_layout) or "not said")),
+                ("holds", f"{bytes_text(self.nbytes)}"),
+                ("dense", bytes_text(self._bytes_of(self.shape))),
+            ]
+        )
 
     def with_site(self, site: SiteInfo | None) -> Attention:
         """The same weights (nothing is copied) from another site description."""

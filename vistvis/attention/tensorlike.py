@@ -63,6 +63,11 @@ class TensorLike:
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for names that the class does not have: tensor methods such as `.mean(1)`.
+        if name == "layout":
+            raise AttributeError(
+                "Attention has two layouts, .query_layout and .key_layout: tokens of its rows and "
+                "of its columns"
+            )
         if name.startswith("_") or not hasattr(Tensor, name):
             raise AttributeError(f"Attention has no attribute {name!r}")
         if name.endswith("_") or not callable(getattr(Tensor, name)):

@@ -3,89 +3,137 @@
 from __future__ import annotations
 
 import argparse
+import re
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vistvis.errors import InputError
+from vistvis.commands import _options
+from vistvis.errors import DisplayError, IndexOutOfRange, InputError
+from vistvis.queries import Pixel, TokenQuery, parse_query
 
 if TYPE_CHECKING:
-    from vistvis.decorators.paths import AttentionPath
+    from vistvis.decorators.layers import Layers
+    from vistvis.decorators.paths import AttentionPath, StaticMetadata
     from vistvis.store import Run
 
 HELP = "overlay stored attention on the pictures it belongs to"
+CLICKED = "interactive"
+
+_EXAMPLES = """\
+examples:
+  vistvis overlay runs/scene --query 0:r13,c15 --key-frame all --out overlays
+      a patch of frame 0, its weights in every frame, for every site and the mean of its heads
+  vistvis overlay runs/scene --query 2:40 cls@2 --sites 'global_*' --head 0 2 mean --pdf
+      two tokens of frame 2, some sites and heads, and PDF pages of them
+  vistvis overlay runs/demo --query 0 --patch-size 16 --special-tokens 0
+      attn/ and input/ of the decorators, which don't say what their tokens are
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    parser.epilog = _EXAMPLES
     add = parser.add_argument
-    add("source", help="a run's folder or URL, or a folder that holds attn/ and input/")
-    add("-o", "--output", "--out", required=True, metavar="FOLDER", help="for overlays")
+    add("source", metavar="RUN", help="a run's folder or URL, or a folder of attn/ and input/")
+    text = "tokens (default: click them)"
+    _options.add_query(parser, default=text, read=_query, nargs="+")
+    _options.add_alias(parser, "--query-frame", dest="query_frame", type=_options.count)
     add(
-        "-q",
-        "--query",
+        *("-k", "--key-frame"),
         nargs="+",
-        default=["interactive"],
-        metavar="TOKEN",
-        help="query tokens within their frame, special tokens counted (default: click them)",
-    )
-    add("--query-frame", type=int, default=0, metavar="N", help="frame of the queries (default 0)")
-    add(
-        "-k",
-        "--key-frame",
-        nargs="+",
-        default=None,
+        type=_frame,
         metavar="N",
-        help="frames to look at, or 'all' (default: the query's frame)",
+        help="frames to look at, or 'all' (default: the query's)",
     )
-    add("--head", default="mean", help="a number, 'mean' or 'all' (default mean)")
     add(
-        "-l",
-        "--layers",
+        "--head",
         nargs="+",
-        metavar="LAYER",
-        help="layer numbers; for a run, site names or patterns such as 'global_*' (default: all)",
+        type=_options.head("mean", "all"),
+        default=["mean"],
+        metavar="HEAD",
+        help="numbers, or 'mean' (default) or 'all'",
     )
-    add("--batch", type=int, default=0, metavar="N", help="entry of the batch (default 0)")
-    add("--patch-size", type=int, metavar="PIXELS", help="where the source does not say it")
-    add("--special-tokens", type=int, metavar="N", help="special tokens per frame, likewise")
+    add(
+        "--sites",
+        nargs="+",
+        metavar="GLOB",
+        help="sites such as 'global_*', of a folder the layers' numbers (default: all)",
+    )
+    _options.add_alias(parser, "-l", "--layers", dest="sites", nargs="+")
+    add("--batch", type=_options.count, default=0, metavar="N", help="entry of the batch")
+    add("--patch-size", type=_options.size, metavar="PIXELS", help="where the source says it not")
+    add("--special-tokens", type=_options.count, metavar="N", help="in a frame, likewise")
     add("--cross-attention", action="store_true", help="queries and keys cover one frame each")
-    add("--alpha", type=float, default=0.45, help="opacity of the colours (default 0.45)")
-    add("--cmap", default="jet", help="matplotlib colour map (default jet)")
+    _options.add_look(parser, norms=("own", *_options.NORMS))
     add("--attn-file", default="attn.pt", metavar="NAME", help="default attn.pt")
     add("--input-file", default="input.pt", metavar="NAME", help="default input.pt")
     add("--pdf", action="store_true", help="also gather the overlays into PDF pages")
+    _options.add_out(parser, default="overlays")
+    _options.add_alias(parser, "--output", dest="out", type=_options.folder)
+    parser.set_defaults(query_frame=None)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw, and print where."""
     from vistvis.decorators.overlays import run_overlay_for_reconstruction
-    from vistvis.decorators.paths import StaticMetadata
     from vistvis.views.pdf import plot_attention_for_reconstruction
+
+    asked = arguments.query or [CLICKED]
+    if CLICKED in asked and len(asked) > 1:
+        raise InputError(f"--query takes tokens or {CLICKED!r}, not both")
+    metadata = _metadata(arguments)
+    source = _open(arguments)
+    layers = _layers(source, metadata, arguments)
+    sites = arguments.sites and [int(s) if s.isdecimal() else s for s in arguments.sites]
+    _check(layers, arguments, sites)
+    look = _options.look_of(arguments)
+    if "cmap" in look:
+        look["cmap_name"] = look.pop("cmap")
+    count = 0
+    frames = _by_frame(asked, layers, arguments.query_frame)
+    draw = partial(
+        run_overlay_for_reconstruction,
+        source,
+        output_path=arguments.out,
+        metadata=metadata,
+        is_cross_attention=arguments.cross_attention,
+        batch_idx=arguments.batch,
+        layers=sites,
+        **look,
+    )
+    for (frame, tokens), head in product(frames.items(), _heads(arguments.head)):
+        keys = _key_frames(arguments.key_frame, frame)
+        written = draw(query_frame_idx=frame, query_idx=tokens, key_frame_idx=keys, head=head)
+        count += sum(len(paths) for paths in written.values())
+    print(f"{count} overlay{'s' if count != 1 else ''} under {arguments.out}")
+    if arguments.pdf:
+        print(*plot_attention_for_reconstruction(str(arguments.out)), sep="\n")
+    else:
+        print(f"next: vistvis pdf {arguments.out}")
+    return 0
+
+
+@_options.typed
+def _query(text: str) -> TokenQuery | str:
+    return CLICKED if text == CLICKED else parse_query(text)
+
+
+@_options.typed
+def _frame(text: str) -> int | str:
+    if text != "all" and not re.fullmatch(r"[0-9]{1,6}", text):
+        raise InputError(f"a frame's number or 'all' is meant, got {text[:40]!r}")
+    return text if text == "all" else int(text)
+
+
+def _metadata(arguments: argparse.Namespace) -> StaticMetadata | None:
+    from vistvis.decorators.paths import StaticMetadata
 
     sizes = (arguments.patch_size, arguments.special_tokens)
     if sizes.count(None) == 1:
         raise InputError("give --patch-size and --special-tokens together")
-    metadata = None if None in sizes else StaticMetadata(*sizes)
-    keys = arguments.key_frame or [str(arguments.query_frame)]
-    written = run_overlay_for_reconstruction(
-        _open(arguments),
-        query_frame_idx=arguments.query_frame,
-        query_idx=_numbers(arguments.query, "--query", "interactive"),
-        key_frame_idx=_numbers(keys, "--key-frame", "all"),
-        head=_number_or_word(arguments.head),
-        output_path=arguments.output,
-        metadata=metadata,
-        is_cross_attention=arguments.cross_attention,
-        batch_idx=arguments.batch,
-        alpha=arguments.alpha,
-        cmap_name=arguments.cmap,
-        layers=arguments.layers and [_number_or_word(name) for name in arguments.layers],
-    )
-    count = sum(len(paths) for paths in written.values())
-    print(f"{count} overlay{'s' if count != 1 else ''} under {arguments.output}")
-    if arguments.pdf:
-        print(*plot_attention_for_reconstruction(arguments.output), sep="\n")
-    return 0
+    return None if None in sizes else StaticMetadata(*sizes)
 
 
 def _open(arguments: argparse.Namespace) -> AttentionPath | Run:
@@ -94,23 +142,88 @@ def _open(arguments: argparse.Namespace) -> AttentionPath | Run:
     from vistvis.store import open_run
 
     folder = Path(arguments.source).expanduser()
-    if (folder / "attn").is_dir() and not (folder / "manifest.json").exists():
+    if (folder / "attn").is_dir() and not _options.is_run(arguments.source):
         full = folder.resolve()
         names = arguments.attn_file, arguments.input_file
         return AttentionPath(str(full.parent), full.name, *names)
     return open_run(arguments.source if "://" in arguments.source else str(folder))
 
 
-def _numbers(texts: list[str], name: str, word: str) -> Any:
-    """A list of numbers, one number, or the one word that is allowed."""
-    if texts == [word]:
-        return word
+def _layers(
+    source: AttentionPath | Run, metadata: StaticMetadata | None, arguments: argparse.Namespace
+) -> Layers:
+    """What the source holds; nothing of it is drawn yet."""
+    from vistvis.decorators.layers import open_layers
+    from vistvis.decorators.requests import OverlayRequest
+
+    cross, batch = arguments.cross_attention, arguments.batch
     try:
-        numbers = [int(text) for text in texts]
-    except ValueError as error:
-        raise InputError(f"{name} takes numbers or {word!r}, got {' '.join(texts)!r}") from error
-    return numbers[0] if len(numbers) == 1 else numbers
+        return open_layers(source, OverlayRequest(0, 0, 0, "mean", metadata, cross, batch))
+    except IndexOutOfRange as error:
+        raise InputError(str(error).replace("batch_idx", "--batch")) from error
 
 
-def _number_or_word(text: str) -> int | str:
-    return int(text) if text.isdecimal() and text.isascii() else text
+def _check(layers: Layers, arguments: argparse.Namespace, sites: Any) -> None:
+    """Frames, sites and heads, in words of the command."""
+    frames = layers.layout.frames
+    for name, said in (
+        ("--query-frame", [arguments.query_frame]),
+        ("--key-frame", arguments.key_frame or []),
+    ):
+        for frame in said:
+            if isinstance(frame, int) and frame >= frames:
+                raise InputError(f"{name} {frame}: the pictures are frames 0…{frames - 1}")
+    try:
+        chosen = layers.chosen(sites)
+    except InputError as error:
+        raise InputError(f"--sites: {error}") from error
+    for head in arguments.head if chosen else ():
+        _options.check_head(head, layers.attention(chosen[0]).num_heads)
+
+
+def _by_frame(
+    asked: list[TokenQuery | str], layers: Layers, default: int | None
+) -> dict[int, list[int]]:
+    """The tokens of each frame, counted within it."""
+    frames: dict[int, list[int]] = {}
+    for query in asked:
+        if isinstance(query, str):
+            return {default or 0: _clicked(layers, default or 0)}
+        token = query.within(default or 0).index(layers.layout, to_model=_no_pixels)
+        place = layers.layout.locate(token)
+        frames.setdefault(place.frame_idx, []).append(place.token_in_frame)
+    return frames
+
+
+def _clicked(layers: Layers, frame: int) -> list[int]:
+    from vistvis.views.pick import pick_patches
+
+    fix = f"name a token, as in --query {frame}:r13,c15"
+    try:
+        tokens = pick_patches(layers.images[frame], layers.layout, title=f"frame {frame}")
+    except DisplayError as error:
+        raise DisplayError(f"no window to click in can be opened here; {fix}") from error
+    if not tokens:
+        raise InputError(f"no patch was clicked, so there is no query to draw; {fix}")
+    return tokens
+
+
+def _no_pixels(frame: int, x: float, y: float) -> Pixel:
+    raise InputError(
+        f"how the photo of frame {frame} was cut is not stored, so which patch shows pixel "
+        f"{x:g},{y:g} is not known; name its grid cell, as in {frame}:r13,c15"
+    )
+
+
+def _key_frames(asked: list[int | str] | None, frame: int) -> Any:
+    if asked is None:
+        return frame
+    return "all" if "all" in asked else asked
+
+
+def _heads(asked: list[int | str]) -> list[Any]:
+    """As the overlays take them, one after the other: a word, or a list of numbers."""
+    if "all" in asked:
+        return ["all"]
+    numbers = [head for head in asked if isinstance(head, int)]
+    return [*([numbers] if numbers else []), *(["mean"] if "mean" in asked else [])]

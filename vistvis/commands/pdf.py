@@ -1,15 +1,32 @@
-"""`vistvis pdf`: one page of overlays for each query."""
+"""`vistvis pdf`: pages of overlays, for each query and key frame."""
 
 from __future__ import annotations
 
 import argparse
 
+from vistvis.errors import InputError
+
 HELP = "gather overlays into PDF pages, layers × heads"
+
+_EXAMPLES = """\
+examples:
+  vistvis pdf overlays
+      a PDF of A4 pages for each query and key frame of what 'vistvis overlay' wrote there
+  vistvis pdf overlays --page single --dpi 150
+      each on one page as large as its table, with smaller pictures
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", help="where 'vistvis overlay' wrote")
+    parser.epilog = _EXAMPLES
+    parser.add_argument("folder", metavar="FOLDER", help="where 'vistvis overlay' wrote")
+    parser.add_argument(
+        "--page",
+        choices=("A4", "letter", "single"),
+        default="A4",
+        help="paper, as many pages as needed; or a single page as large as the table (default A4)",
+    )
     parser.add_argument(
         "--dpi", type=int, default=300, help="make larger pictures smaller (default 300)"
     )
@@ -17,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the pages, and print where."""
+    if arguments.dpi < 1:
+        raise InputError(f"--dpi is positive, got {arguments.dpi}")
     from vistvis.views.pdf import plot_attention_for_reconstruction
 
-    print(*plot_attention_for_reconstruction(arguments.folder, arguments.dpi), sep="\n")
+    made = plot_attention_for_reconstruction(arguments.folder, arguments.dpi, page=arguments.page)
+    print(*made, sep="\n")
     return 0

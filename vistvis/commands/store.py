@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vistvis.devices import DTYPES
+from vistvis.commands._options import DTYPES
 
 HELP = "run a model over pictures and store the queries and keys of its attention"
 

@@ -3,133 +3,263 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vistvis.commands import _options
 from vistvis.errors import InputError, LayoutError, SiteError
+from vistvis.queries import Pixel, TokenQuery, parse_query
+
+if TYPE_CHECKING:
+    from vistvis import Attention, TokenLayout
+    from vistvis.models.loading import LoadedModel
+    from vistvis.models.sites import SiteList
 
 HELP = "draw every head's attention of one query of a vision transformer (timm) over a photo"
 DEFAULT = "vit_small_patch14_dinov2"
 
+_EXAMPLES = """\
+examples:
+  vistvis vit photo.jpg
+      what the class token of DINOv2 looks at in its last block
+  vistvis vit photo.jpg --query r3,c5 --block 8 --head 0 2 mean --out maps
+      a patch by its row and column, two heads and the mean of all
+  vistvis vit photo.jpg --model vit_base_patch16_224@random --sites 'blocks.1*.attn'
+      untrained weights, several attention modules; --sites alone lists them
+  vistvis vit photo.jpg --model deit_tiny_patch16_224@deit.safetensors
+      weights of a file
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    parser.epilog = _EXAMPLES
     add = parser.add_argument
-    add("photo", help="a picture")
-    add("-m", "--model", default=DEFAULT, metavar="NAME", help=f"a timm model (default {DEFAULT})")
+    add("photo", metavar="PHOTO", help="a picture")
+    names = "of timm; NAME@random: untrained, NAME@FILE: a checkpoint"
+    _options.add_model(parser, default=DEFAULT, what=names)
+    add("-w", "--weights", help=argparse.SUPPRESS)
+    _options.add_query(parser, default="a token (default cls)", read=_query)
     add(
-        "-w",
-        "--weights",
-        metavar="FILE",
-        help="a local checkpoint, or 'random' for untrained weights (default: timm's, downloaded)",
+        *("-b", "--block"),
+        type=_options.block,
+        metavar="N",
+        help="block, negative from the end (default: the last)",
     )
-    add("-b", "--block", type=int, metavar="N", help="block, negative from the end (default: last)")
+    add("--sites", nargs="*", metavar="GLOB", help="attention modules by name; none: list them")
+    _options.add_alias(parser, "--site", dest="sites", nargs=1)
     add(
-        "--site", metavar="NAME", help="an attention module by its dotted name, in place of --block"
+        "--head",
+        nargs="+",
+        type=_options.head("mean", "all"),
+        default=["all"],
+        metavar="HEAD",
+        help="numbers, 'mean', 'all' (default)",
     )
-    add(
-        "-q",
-        "--query",
-        default="cls",
-        metavar="TOKEN",
-        help="cls (or another special token's kind), ROW,COL of a patch, or pixel:X,Y",
-    )
-    add("--size", type=int, metavar="PIXELS", help="side of the model's input, a multiple of 14, …")
-    add("--norm", default="linear", choices=("linear", "log", "percentile"), help="colour scale")
-    add("--device", metavar="NAME", help="cpu, cuda, … (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default float32")
-    add("--sites", action="store_true", help="list the model's attention modules and stop")
-    add("-o", "--out", default="vit", metavar="FOLDER", help="default ./vit")
-    parser.epilog = (
-        "examples:\n"
-        "  vistvis vit photo.jpg --block 11 --query cls --out maps\n"
-        "  vistvis vit photo.jpg --model vit_base_patch16_224 --weights random --query 3,5\n"
-        "  vistvis vit photo.jpg --model deit_tiny_patch16_224 --weights deit.safetensors --sites"
-    )
+    _options.add_place(parser, default="float32")
+    _options.add_look(parser)
+    _options.add_format(parser)
+    _options.add_out(parser, default="vit")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the model, draw, print what was found."""
+    from vistvis.models.sites import find_sites
+
+    (photo,) = _options.checked_photos([arguments.photo])
+    name = _model(arguments)
+    loaded = _options.load(name, arguments, [photo])
+    sites = find_sites(loaded.model)
+    if arguments.sites == []:
+        print(sites)
+        return 0
+    names = loaded.sites(arguments.sites).names if arguments.sites else [_last(sites, arguments)]
+    layout = _layout(loaded, arguments.size)
+    token = _token(arguments, loaded, layout, photo)
+    for site in (site for site in sites if site.name in names):
+        for head in arguments.head:
+            _options.check_head(head, site.heads)
+    captured = _run_model(loaded, names, layout)
+    written: list[Path] = []
+    for site_name in names:
+        written += _draw(captured[site_name], site_name, token, layout, loaded, name, arguments)
+    if name.endswith("@random"):
+        print("these weights are untrained: the maps show the mechanism, not what was learned")
+    print("wrote " + "\n      ".join(map(str, written)))
+    print(f"next: vistvis vit {arguments.photo} -m {name} --query middle --sites '**'")
+    return 0
+
+
+def _run_model(loaded: LoadedModel, names: list[str], layout: TokenLayout) -> Any:
+    import torch
+
+    from vistvis.hooks.capture import capture
+    from vistvis.progress import progress
+
+    bar = progress(None, "running the model", unit="site", total=len(names), delay=2)
+    with torch.inference_mode(), bar, capture(loaded.model, names, layout=layout) as captured:
+        loaded.model(loaded.images)
+    return captured
+
+
+def _draw(
+    attention: Attention,
+    site: str,
+    token: int,
+    layout: TokenLayout,
+    loaded: LoadedModel,
+    model: str,
+    arguments: argparse.Namespace,
+) -> list[Path]:
+    """The picture and the numbers of one site; prints what each head looks at."""
     import numpy as np
     import torch
 
     from vistvis.files import atomic_file
-    from vistvis.hooks.capture import capture
     from vistvis.images import to_rgb
-    from vistvis.models import loading
-    from vistvis.models.sites import find_sites
-    from vistvis.tokens import TokenLayout
     from vistvis.views.heads import head_grid
+    from vistvis.views.painting import dark_maps, normalizer
 
-    name = arguments.model + (f"@{arguments.weights}" if arguments.weights else "")
-    loaded = loading.load(
-        name,
-        images=[arguments.photo],
-        device=arguments.device,
-        dtype=arguments.dtype,
-        size=arguments.size,
-    )
-    sites = find_sites(loaded.model)
-    if arguments.sites:
-        print(sites)
-        return 0
-    site = arguments.site or _site_of_block(sites, arguments.block)
-    layout = TokenLayout.from_model(loaded.model, loaded.images)
-    with torch.inference_mode(), capture(loaded.model, site, layout=layout) as captured:
-        loaded.model(loaded.images)
-    attention = captured[site]
     if attention.shape[3] != layout.num_tokens:
         raise LayoutError(
             f"site {site!r} has {attention.shape[3]} keys where the picture has "
-            f"{layout.num_tokens} tokens ({layout}); choose another with --site"
+            f"{layout.num_tokens} tokens ({layout}); choose another with --sites"
         )
-    token = _query(layout, arguments.query)
-    place = layout.locate(token)
     rows = attention.rows([token], batch=0)[0, :, 0].cpu()
+    heads = _heads(arguments.head, len(rows))
+    rows = torch.stack([rows[h] if isinstance(h, int) else rows.mean(0) for h in heads])
     maps = layout.maps(rows)[:, 0]
-    picture = to_rgb(loaded.pictures)[0, 0]
-    folder = Path(arguments.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{Path(arguments.photo).stem}_{site}_{arguments.query}"
-    stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in stem)
-    title = f"{arguments.model}, {site}, query: {place.kind} (token {token})"
-    figure = head_grid(picture, maps, title=title, box=place.box, norm=arguments.norm)
-    written = figure.save(folder / f"{stem}.png", dpi=110)
-    values = folder / f"{stem}.npz"
+    place = layout.locate(token)
+    labels = ["mean of heads" if head == "mean" else f"head {head}" for head in heads]
+    look = _options.look_of(arguments)
+    figure = head_grid(
+        to_rgb(loaded.pictures)[0, 0],
+        maps,
+        title=f"{model.partition('@')[0]}, {site}, query: {place.kind} (token {token})",
+        names=labels,
+        photo=Path(arguments.photo).name,
+        box=place.box,
+        untrained=model.endswith("@random"),
+        **look,
+    )
+    stem = arguments.out / _stem(arguments, model, site)
+    files = figure.save_as(stem, arguments.format)
+    values = Path(f"{stem}.npz")
     with atomic_file(values, sync=False) as file:
         np.savez(file, rows=rows.numpy(), maps=maps.numpy(), token=token, grid=layout.grid)
-    if arguments.weights == "random":
-        print("these weights are untrained: the maps show the mechanism, not what was learned")
     print(f"{site}: {attention.shape[1]} heads, {layout}")
-    for head, row in enumerate(rows):
+    for label, row, patches in zip(labels, rows, maps.sum((1, 2)), strict=True):
         best = layout.locate(int(row.argmax()))
-        patches = float(maps[head].sum())
-        print(f"  head {head}: strongest {best} {float(row.max()):.4f}, on patches {patches:.3f}")
-    print(f"wrote {written}\n      {values}")
-    return 0
+        print(f"  {label}: strongest {best} {float(row.max()):.4f}, on patches {patches:.3f}")
+    norm = arguments.norm or _options.NORMS[0]
+    own = None
+    if place.row is not None and place.col is not None:
+        own = slice(None), place.row, place.col
+    if dark := dark_maps(maps, normalizer(maps, norm=norm, own=own)):
+        print("  " + _options.dark_text([labels[number] for number in dark], norm))
+    return [*files, values]
 
 
-def _site_of_block(sites: Any, block: int | None) -> str:
+def _model(arguments: argparse.Namespace) -> str:
+    """The model's name with its weights, as `models.loading` takes it."""
+    name: str = arguments.model
+    if ":" in name and not name.startswith("timm:"):
+        raise InputError(
+            f"--model {name}: this command shows models of timm; for VGGT see vistvis demo --help"
+        )
+    if arguments.weights and "@" in name:
+        raise InputError(f"--model {name} says its weights already; leave --weights out")
+    name = name.removeprefix("timm:")
+    return f"{name}@{arguments.weights}" if arguments.weights else name
+
+
+@_options.typed
+def _query(text: str) -> TokenQuery:
+    """A query, also as they were named before there was a grammar: ROW,COL and pixel:X,Y."""
+    if cell := re.fullmatch(r"\s*(\d{1,6})\s*,\s*(\d{1,6})\s*", text):
+        return parse_query(f"r{cell[1]},c{cell[2]}")
+    if text.startswith("pixel:"):
+        return parse_query(f"{text.removeprefix('pixel:')}px")
+    return parse_query(text)
+
+
+def _last(sites: SiteList, arguments: argparse.Namespace) -> str:
+    """The site of the block that is asked for."""
     numbered = {site.block: site.name for site in sites if site.block is not None}
     if not numbered:
-        raise SiteError("this model's sites have no block numbers; name one with --site")
-    last = max(numbered)
+        raise SiteError("this model's sites have no block numbers; name one with --sites")
+    last, block = max(numbered), arguments.block
     number = last if block is None else (block + last + 1 if block < 0 else block)
     if number not in numbered:
-        raise SiteError(f"no block {block}: the model has blocks 0…{last}; see --sites")
+        raise SiteError(f"--block {block}: the model has blocks 0…{last}; see --sites")
     return str(numbered[number])
 
 
-def _query(layout: Any, text: str) -> int:
-    """The token that `text` names: a special token's kind, `ROW,COL`, or `pixel:X,Y`."""
-    pixel = text.startswith("pixel:")
-    numbers = text.removeprefix("pixel:").split(",")
-    if len(numbers) == 2:
-        try:
-            first, second = (float(number) for number in numbers)
-        except ValueError:
-            raise InputError(f"a query is ROW,COL in numbers, got {text!r}") from None
-        if pixel:
-            return int(layout.token_at(0, first, second))
-        return int(layout.index(row=int(first), col=int(second)))
-    return int(layout.index(kind=text))
+def _layout(loaded: LoadedModel, size: int | None) -> TokenLayout:
+    from vistvis.tokens import TokenLayout
+
+    patch = getattr(getattr(loaded.model, "patch_embed", None), "patch_size", None)
+    if patch is not None:
+        _options.check_size(size, int(patch[0]))
+    return TokenLayout.from_model(loaded.model, loaded.images)
+
+
+def _token(
+    arguments: argparse.Namespace, loaded: LoadedModel, layout: TokenLayout, photo: str
+) -> int:
+    """The index of the query's token."""
+    asked = arguments.query or parse_query("cls")
+    to_model = None if asked.pixel is None else _cut(photo, loaded)
+    return int(asked.index(layout, to_model=to_model))
+
+
+def _cut(photo: str, loaded: LoadedModel) -> Callable[[int, float, float], Pixel]:
+    """From a photo's pixels to the model's: timm resizes a photo and takes the middle of it."""
+    import timm.data
+    from PIL import Image
+    from torchvision.transforms import CenterCrop, Resize
+
+    data: Any = timm.data
+    high, wide = loaded.images.shape[-2:]
+    config = data.resolve_model_data_config(loaded.model) | {"input_size": (3, high, wide)}
+    resize, crop, *_ = data.create_transform(**config, is_training=False).transforms
+    if not isinstance(resize, Resize) or not isinstance(crop, CenterCrop):
+        raise InputError(
+            "how this model cuts photos is not known; name a cell, as in --query r3,c5"
+        )
+    with Image.open(photo) as picture:
+        width, height = picture.size
+    if isinstance(resize.size, int):
+        shorter = min(width, height)
+        new_height, new_width = (int(resize.size * n / shorter) for n in (height, width))
+    else:
+        new_height, new_width = resize.size
+    top, left = round((new_height - high) / 2), round((new_width - wide) / 2)
+
+    def model_pixel(_: int, x: float, y: float) -> Pixel:
+        if not (0 <= x < width and 0 <= y < height):
+            raise InputError(f"pixel {x:g},{y:g} is outside the photo of {width}×{height} pixels")
+        across = (x + 0.5) * new_width / width - 0.5 - left
+        down = (y + 0.5) * new_height / height - 0.5 - top
+        if not (-0.5 <= across < wide - 0.5 and -0.5 <= down < high - 0.5):
+            raise InputError(
+                f"pixel {x:g},{y:g} was cut away: the model sees the middle of the photo"
+            )
+        return max(across, 0.0), max(down, 0.0)
+
+    return model_pixel
+
+
+def _heads(asked: list[int | str], count: int) -> list[int | str]:
+    """Each head once, "all" as numbers."""
+    heads = [*range(count)] if "all" in asked else []
+    return list(dict.fromkeys([*heads, *(head for head in asked if head != "all")]))
+
+
+def _stem(arguments: argparse.Namespace, model: str, site: str) -> str:
+    """A name that tells photo, model, site and query apart."""
+    asked = arguments.query.text if arguments.query else "cls"
+    stem = f"{Path(arguments.photo).stem}_{Path(model).name}_{site}_{asked}"
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in stem)

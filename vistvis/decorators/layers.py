@@ -16,7 +16,7 @@ from vistvis.decorators.paths import AttentionPath, StaticMetadata
 from vistvis.decorators.requests import FrameQuery, OverlayRequest, checked_index
 from vistvis.errors import InputError, LayoutError, StoreError
 from vistvis.files import PathLike
-from vistvis.images import to_rgb
+from vistvis.images import image_tensor, to_rgb
 from vistvis.names import matches
 from vistvis.store.formats import read, read_attention
 from vistvis.tokens import TokenLayout
@@ -163,14 +163,17 @@ class StoredLayers(Layers):
 class RunLayers(Layers):
     """Sites of a run, or of anything that maps names to `Attention` and has pictures."""
 
-    def __init__(self, run: Mapping[str, Attention], request: OverlayRequest) -> None:
-        images = getattr(run, "images", None)
+    def __init__(
+        self, run: Mapping[str, Attention], request: OverlayRequest, images: Any = None
+    ) -> None:
+        images = getattr(run, "images", None) if images is None else image_tensor(images)
         if images is None:
             raise InputError(
-                "overlays need the pictures: store the run with save_run(…, images=images)"
+                "overlays need the pictures: pass images=, or store the run with "
+                "save_run(…, images=images)"
             )
         shape = tuple(images.shape)
-        layout: TokenLayout | None = getattr(run, "layout", None)
+        layout: TokenLayout | None = getattr(run, "layout", _longest_layout(run))
         if request.metadata is not None:
             frames = shape[-4] if len(shape) == 5 or layout is None else layout.frames
             layout = request.metadata.layout(frames, shape[-2:])
@@ -183,7 +186,7 @@ class RunLayers(Layers):
         self._own_layouts = request.metadata is None and not request.is_cross_attention
         if len(shape) == 4:  # frames of one scene; or, for a model of single pictures, a batch
             images = images[None] if layout.frames == shape[0] else images[:, None]
-        names = list(getattr(run, "sites", None) or run)
+        names = list(run)
         super().__init__(names, run.__getitem__, images, layout, request.batch_idx)
         if len(self.images) != layout.frames:
             raise LayoutError(
@@ -216,9 +219,24 @@ class RunLayers(Layers):
         return sides[0], sides[1]
 
 
-def open_layers(paths: AttentionPath | Mapping[str, Attention], request: OverlayRequest) -> Layers:
+def _longest_layout(run: Mapping[str, Attention]) -> TokenLayout | None:
+    """The key layout of most tokens, of what says no layout for all its sites."""
+    if hasattr(run, "layout"):
+        return None
+    sites = [attention.site for attention in run.values()]
+    layouts = [site.key_layout for site in sites if site is not None and site.key_layout]
+    return max(layouts, key=lambda layout: layout.num_tokens, default=None)
+
+
+def open_layers(
+    paths: AttentionPath | Mapping[str, Attention], request: OverlayRequest, images: Any = None
+) -> Layers:
     """Stored layers or the sites of a run, as overlays take them."""
     if isinstance(paths, AttentionPath):
+        if images is not None:
+            raise InputError(
+                f"the pictures of stored layers lie in {paths.input_root}; leave out images="
+            )
         files: dict[Layer, PathLike] = {
             layer: paths.attn_layer_file(layer) for layer in paths.list_layers()
         }
@@ -234,7 +252,7 @@ def open_layers(paths: AttentionPath | Mapping[str, Attention], request: Overlay
         )
     if not paths:
         raise InputError("the run has no finished site to draw")
-    return RunLayers(paths, request)
+    return RunLayers(paths, request, images)
 
 
 def _fits(layer: Layer, pattern: Layer) -> bool:

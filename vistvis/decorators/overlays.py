@@ -6,12 +6,12 @@ Only the rows that are asked for are read or computed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -20,12 +20,16 @@ from einops import rearrange
 from vistvis.attention import Attention
 from vistvis.decorators.layers import Layers, Selection, StoredLayers, open_layers
 from vistvis.decorators.paths import AttentionPath, StaticMetadata
-from vistvis.decorators.requests import Indices, OverlayRequest
-from vistvis.errors import InputError
+from vistvis.decorators.records import Panel, drawing_of, origin_of, records_of
+from vistvis.decorators.requests import FrameQuery, Indices, OverlayRequest
+from vistvis.errors import InputError, LayoutError, VistvisError, VistvisWarning
 from vistvis.files import PathLike
+from vistvis.names import few
 from vistvis.progress import progress as progress_bar
-from vistvis.views.overlay_folder import Head, Layer, OverlayOutputPath
-from vistvis.views.painting import OverlayPainter, as_array, outline_query
+from vistvis.views.overlay_folder import Head, Layer, OverlayOutputPath, layer_label
+from vistvis.views.overlay_manifest import Origin, add_records
+from vistvis.views.overlay_painter import OWN, Look, OverlayPainter
+from vistvis.views.painting import ALPHA, CMAP, as_array, outline_query
 from vistvis.views.png import write_pngs
 
 if TYPE_CHECKING:
@@ -39,16 +43,18 @@ _SUM_TOLERANCE_FULL = 1e-3
 def run_overlay_for_reconstruction(
     paths: AttentionPath | Mapping[str, Attention],
     *,
+    images: Any = None,
     query_frame_idx: SupportsIndex,
     query_idx: Indices,
     key_frame_idx: Indices,
-    head: Head,
+    head: Head | Sequence[Head],
     output_path: PathLike,
     metadata: StaticMetadata | None = None,
     is_cross_attention: bool = False,
     batch_idx: SupportsIndex = 0,
-    alpha: float = 0.45,
-    cmap_name: str = "jet",
+    norm: str = OWN,
+    alpha: float = ALPHA,
+    cmap_name: str = CMAP,
     eps: float = 1e-8,
     layers: Sequence[Layer] | str | None = None,
     progress: bool = True,
@@ -57,23 +63,29 @@ def run_overlay_for_reconstruction(
 
     Writes under `output_path`:
 
-        layer=layer_<i>/head=<h>/overlays/overlay_<q>.png
+        layer=layer_<i>/head=<h>/overlays/overlay_<q>_frame_<k>.png
         query_frames/query_image_<q>.png
+        overlays.json
+
+    The last says of every picture whose attention, which query and which colours it shows; calls
+    add to it, and PDF pages are made from it.
 
     Parameters
     ----------
     paths
         An `AttentionPath`, a run from `open_run`, or any mapping of names to `Attention` that has
-        `images` (and `layout`, unless the sites or `metadata` say it). For those, the layer is the
-        site's name, and stands where `layer_<i>` does.
+        `images`, or `images=` here (and `layout`, unless the sites or `metadata` say it). For
+        those, the layer is the site's name, and stands where `layer_<i>` does.
+    images
+        What the model saw, as for `save_run`, where `paths` has no pictures of its own.
     query_idx
         A token, counted within the frame `query_frame_idx`, special tokens included; a list of
         them; or "interactive" to click them in a window.
     key_frame_idx
-        The frame to look at; a list or "all" gives one overlay for each, and the file name then
-        carries the frame: `overlay_<q>_frame_<k>.png`.
+        The frame to look at; a list or "all" gives one overlay for each. A site that attends within
+        frames shows the query's own; the others are left out, and a VistvisWarning says so.
     head
-        A number, "mean" over all heads, or "all" for every head and the mean.
+        A number, "mean" over all heads, a list of these, or "all" for every head and the mean.
     metadata
         Patch size and special tokens of stored files; without it, the YAML file that
         `VIS_TVIS_METADATA_PATH` names. A run knows its layout.
@@ -81,23 +93,31 @@ def run_overlay_for_reconstruction(
         Queries cover one frame (`query_frame_idx`) and keys one frame (`key_frame_idx`).
     batch_idx
         Of the batch as the model was called.
+    norm
+        "own": every map from its minimum to its maximum over the patches of its frame, so that
+        colours compare within one overlay, not between two. "auto", "linear", "log" or "percentile"
+        as in `vistvis.views.painting.normalizer`: one scale for the key frames of a layer, head and
+        query; white is what lies above it.
     alpha, cmap_name
-        Opacity and matplotlib colour map. Every map is stretched from its minimum to its maximum
-        over the patches of its frame: colours compare within one overlay, not between two.
+        How much the colours outweigh the picture, which is grey, and a matplotlib colour map (see
+        `lay_over`). Versions before had `cmap_name="jet", alpha=0.45`.
     eps
-        Added to that span, so that a constant map stays dark.
+        With norm="own", added to the span, so that a constant map stays dark.
     layers
         Only these: layer numbers; for a run, site names or patterns as in `capture`, such as
         "global_*" or "**.global_blocks.**".
 
     Returns
     -------
-    `{(layer, head): [paths]}`; for each query, in its order, each key frame.
+    `{(layer, head): [paths]}`; for each query, in its order, each key frame. Layers that have not
+    what was asked for (other frames, windows, other tokens) are left out with a VistvisWarning.
 
     Raises
     ------
     InputError, IndexOutOfRange
         If indices, shapes and layout do not fit together; the message says which.
+    LayoutError
+        The same for a layout; for both, where not one layer could be drawn.
     StoreError
         If a file can't be read or written.
     DisplayError
@@ -110,10 +130,11 @@ def run_overlay_for_reconstruction(
     request = OverlayRequest(
         query_frame_idx, query_idx, key_frame_idx, head, metadata, is_cross_attention, batch_idx
     )
-    stored = open_layers(paths, request)
-    painter = partial(OverlayPainter, cmap=cmap_name, alpha=alpha, eps=eps)
+    look = Look(norm, cmap_name, alpha, eps)
+    stored = open_layers(paths, request, images)
+    chosen, origin = stored.chosen(layers), origin_of(paths, stored)
     output = OverlayOutputPath(os.fspath(output_path))
-    return _overlay(stored, stored.chosen(layers), request, painter, output, progress=progress)
+    return _overlay(stored, chosen, request, look, output, origin, progress=progress)
 
 
 def overlay_query_to_frame_attention(
@@ -127,8 +148,9 @@ def overlay_query_to_frame_attention(
     output_path: PathLike,
     *,
     batch_idx: SupportsIndex = 0,
-    alpha: float = 0.45,
-    cmap_name: str = "jet",
+    norm: str = OWN,
+    alpha: float = ALPHA,
+    cmap_name: str = CMAP,
     eps: float = 1e-8,
     is_cross_attention: bool = False,
     query_output_path: PathLike | None = None,
@@ -148,17 +170,20 @@ def overlay_query_to_frame_attention(
 
     Returns
     -------
-    Paths of the overlays, `<output_path>/overlays/overlay_<q>.png`.
+    Paths of the overlays, `<output_path>/overlays/overlay_<q>_frame_<k>.png`.
     """
     if head != "mean" and not isinstance(head, SupportsIndex):
         raise InputError(f'head is a number or "mean" here, got {head!r}')
     request = OverlayRequest(
         query_frame_idx, query_idx, key_frame_idx, head, metadata, is_cross_attention, batch_idx
     )
+    look = Look(norm, cmap_name, alpha, eps)
     stored = StoredLayers({0: attn_path}, input_path, request)
-    painter = partial(OverlayPainter, cmap=cmap_name, alpha=alpha, eps=eps)
     output = _OneFolder(os.fspath(output_path), query_output_path)
-    (files,) = _overlay(stored, stored.names, request, painter, output, progress=False).values()
+    origin = origin_of(attn_path, stored)
+    (files,) = _overlay(
+        stored, stored.names, request, look, output, origin, progress=False
+    ).values()
     return files
 
 
@@ -180,32 +205,78 @@ def _overlay(
     stored: Layers,
     layers: Sequence[Layer],
     request: OverlayRequest,
-    painter_of: Callable[[Mapping[int, NDArray[np.uint8]]], OverlayPainter],
+    look: Look,
     output: OverlayOutputPath,
+    origin: Origin,
     *,
     progress: bool,
 ) -> dict[tuple[Layer, Head], list[str]]:
-    """Draw the layers and the query, and say which files are whose."""
+    """Draw the layers and the query, record it, and say which files are whose."""
     query = request.query(stored.images, stored.layout)
-    painter = painter_of({frame: stored.images[frame] for frame in query.key_frames})
-    pairs = tuple(product(query.tokens, query.key_frames))
+    painter = OverlayPainter({frame: stored.images[frame] for frame in query.key_frames}, look)
     results: dict[tuple[Layer, Head], list[str]] = {}
-    for layer in progress_bar(layers, "overlays", shown=progress, unit="layer"):
-        attention = stored.attention(layer)
-        heads = request.heads(attention.num_heads)
-        selection = stored.selection(layer, attention, query)
-        paints = {}
-        for head, maps in _maps(layer, attention, heads, selection).items():
-            files = results[layer, head] = []
-            for (token, frame), weights in zip(pairs, maps, strict=True):
-                named = frame if query.key_frame_in_name else None
-                files.append(str(Path(output.overlay_file(layer, head, token, named))))
-                paints[files[-1]] = partial(painter.paint, weights, frame)
-        write_pngs(paints)
-    picture = stored.images[query.frame]
-    boxes = {output.query_file(token): _pixel_box(stored, token) for token in query.tokens}
-    write_pngs({file: partial(outline_query, picture, box) for file, box in boxes.items()})
+    shown: dict[str, Panel] = {}
+    checksums: dict[str, str] = {}
+    left_out: dict[Layer, VistvisError] = {}
+    narrow: list[Layer] = []
+    try:
+        for layer in progress_bar(layers, "overlays", shown=progress, unit="layer"):
+            attention = stored.attention(layer)
+            heads = request.heads(attention.num_heads)
+            seen = _as_seen(query, attention)
+            try:
+                selection = stored.selection(layer, attention, seen)
+            except (InputError, LayoutError) as error:
+                left_out[layer] = error
+                continue
+            narrow += [layer] if seen != query else []
+            paints = {}
+            for head, maps in _maps(layer, attention, heads, selection).items():
+                files = results[layer, head] = []
+                for token, of_frames in zip(query.tokens, maps, strict=True):
+                    scale = look.scale(of_frames, _own_patch(stored, seen, token, selection.grid))
+                    for frame, weights in zip(seen.key_frames, of_frames, strict=True):
+                        files.append(str(Path(output.overlay_file(layer, head, token, frame))))
+                        shown[files[-1]] = layer, head, token, frame
+                        paints[files[-1]] = partial(painter.paint, weights, frame, scale)
+            checksums |= write_pngs(paints)
+        if left_out and not results:
+            raise next(iter(left_out.values()))
+        picture = stored.images[query.frame]
+        boxes = {output.query_file(token): _pixel_box(stored, token) for token in query.tokens}
+        outlined = {file: partial(outline_query, picture, box) for file, box in boxes.items()}
+        checksums |= write_pngs(outlined)
+    finally:
+        # What was written is recorded also where a later layer fails or is interrupted.
+        if checksums:
+            drawing = partial(drawing_of, origin, stored, query, look)
+            records = records_of(output, drawing, shown, checksums)
+            if replaced := add_records(output.output_path, records):
+                _tell(
+                    f"{replaced} overlays of another query or run had the same names and were "
+                    f"replaced in {output.output_path}; write to another folder to keep both"
+                )
+    if narrow:
+        _tell(f"{_names(narrow)}: attention within one frame, drawn for frame {query.frame} alone")
+    if left_out:
+        _tell(f"left out {_names(list(left_out))}: {next(iter(left_out.values()))}")
     return results
+
+
+def _as_seen(query: FrameQuery, attention: Attention) -> FrameQuery:
+    """The query with the key frames that a site has: one that attends within frames has its own."""
+    within = attention.site is not None and attention.site.frames_in_batch
+    if within and query.frame in query.key_frames:
+        return replace(query, key_frames=(query.frame,))
+    return query
+
+
+def _names(layers: Sequence[Layer]) -> str:
+    return few([layer_label(layer) for layer in layers])
+
+
+def _tell(text: str) -> None:
+    warnings.warn(text, VistvisWarning, stacklevel=4)  # at the caller of the public function
 
 
 # -- computing -----------------------------------------------------------------------------------
@@ -214,7 +285,7 @@ def _overlay(
 def _maps(
     layer: Layer, attention: Attention, heads: Sequence[Head], selection: Selection
 ) -> dict[Head, NDArray[np.float32]]:
-    """For each head one map for every pair of query and key frame, `(Q · K, rows, cols)`.
+    """For each head one map for every query and key frame, `(Q, K, rows, cols)`.
 
     Softmax has gone over all keys before any are left out.
     """
@@ -222,7 +293,7 @@ def _maps(
     rows = attention.token_rows(list(selection.tokens), batch=selection.batch, heads=numbers)
     _check_rows(layer, attention, rows)
     by_frame = torch.stack([rows[..., keys] for keys in selection.keys])
-    pattern = "frame head query (row col) -> head (query frame) row col"
+    pattern = "frame head query (row col) -> head query frame row col"
     maps = as_array(rearrange(by_frame, pattern, row=selection.grid[0]))
     if numbers is not None:
         return dict(zip(heads, maps, strict=True))
@@ -247,6 +318,18 @@ def _check_rows(layer: Layer, attention: Attention, rows: torch.Tensor) -> None:
             f"rows of attention sum to 1, but in layer {layer} one sums to "
             f"{worst:.6g}; store weights after the softmax (and before dropout)"
         )
+
+
+def _own_patch(
+    stored: Layers, query: FrameQuery, token: int, grid: tuple[int, int]
+) -> tuple[int, int, int] | None:
+    """Which of the key frames' maps, and of its rows and columns, is the query's own patch."""
+    layout = stored.layout.frame_layout()
+    place = layout.locate(token)
+    if place.row is None or place.col is None or query.frame not in query.key_frames:
+        return None
+    row, col = place.row * grid[0] // layout.grid[0], place.col * grid[1] // layout.grid[1]
+    return query.key_frames.index(query.frame), row, col
 
 
 def _pixel_box(stored: Layers, token: int) -> tuple[int, int, int, int]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, TypeVar
 
 from vistvis.decorators.paths import StaticMetadata
 from vistvis.errors import IndexOutOfRange, InputError
@@ -15,6 +15,8 @@ from vistvis.views.overlay_folder import Head
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+_T = TypeVar("_T")
 
 Indices: TypeAlias = "SupportsIndex | Sequence[SupportsIndex] | str"
 """A number, a list of numbers, or the one word that is allowed in their place."""
@@ -27,7 +29,6 @@ class FrameQuery:
     frame: int
     tokens: tuple[int, ...]
     key_frames: tuple[int, ...]
-    key_frame_in_name: bool  # several could have been given: file names tell them apart
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class OverlayRequest:
     query_frame_idx: SupportsIndex
     query_idx: Indices
     key_frame_idx: Indices
-    head: Head
+    head: Head | Sequence[Head]
     metadata: StaticMetadata | None
     is_cross_attention: bool
     batch_idx: SupportsIndex
@@ -67,14 +68,14 @@ class OverlayRequest:
             raise InputError(
                 f'query_idx is a token, a list of them or "interactive", got {self.query_idx!r}'
             )
-        return FrameQuery(frame, tokens, frames, not _is_single(key_frames))
+        return FrameQuery(frame, tokens, frames)
 
     def heads(self, count: int) -> list[Head]:
-        """The heads to draw of `count`, the mean last."""
+        """The heads to draw of `count`, in the order asked for; of "all" the mean last."""
         if not isinstance(self.head, str):
-            return [checked_index(self.head, count, "head")]
+            return _checked(self.head, lambda head: _head(head, count), "head")
         if self.head not in ("mean", "all"):
-            raise InputError(f'head is a number, "mean" or "all", got {self.head!r}')
+            raise InputError(f'head is a number, a list, "mean" or "all", got {self.head!r}')
         return [*(range(count) if self.head == "all" else ()), "mean"]
 
 
@@ -97,14 +98,24 @@ def checked_index(value: SupportsIndex, size: int, name: str) -> int:
 
 def _checked_indices(values: Any, size: int, name: str) -> tuple[int, ...]:
     """One number or several, each once, in their order."""
+    return tuple(_checked(values, lambda value: checked_index(value, size, name), name))
+
+
+def _head(value: Any, count: int) -> Head:
+    """A head of a list: a number of `count`, or "mean"."""
+    mean = isinstance(value, str) and value == "mean"
+    return "mean" if mean else checked_index(value, count, "head")
+
+
+def _checked(values: Any, check: Callable[[Any], _T], name: str) -> list[_T]:
+    """One value or several after their check, each once, in their order."""
     try:
         several = [values] if _is_single(values) else list(values)
     except TypeError as error:
         raise InputError(f"{name} is a whole number or a list of them, got {values!r}") from error
-    numbers = tuple(dict.fromkeys(checked_index(value, size, name) for value in several))
-    if not numbers:
+    if not several:
         raise InputError(f"{name}: the list is empty")
-    return numbers
+    return list(dict.fromkeys(check(value) for value in several))
 
 
 def _is_single(values: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from vistvis.models.sites import (
     is_torchs,
     table,
 )
+from vistvis.names import few, html_table
 from vistvis.tokens import TokenLayout
 
 
@@ -221,6 +222,9 @@ class Capture(Mapping[str, Attention]):
         return names if self._options.asked else rest or names
 
     def _site(self, name: str) -> Site:
+        if not isinstance(name, str):
+            some = few(list(self._chosen))
+            raise InputError(f"a site is named by a string, got {name!r}; there are {some}")
         site = self._sites.get(self._names.get(name, name))
         if site is None:
             choose_sites(self._every, [name])  # raises with the nearest names
@@ -311,6 +315,12 @@ class Capture(Mapping[str, Attention]):
             + (" (still watching)" if self.attached else "")
             + (f"\n{self._watch.claim.unclear}" if self._watch.claim.unclear else "")
         )
+        return "\n".join([head, table(self._rows()), *self._outside()])
+
+    def _rows(self) -> Sequence[tuple[str, ...]]:
+        """Every site, and what came of it."""
+        self._watch.drain()
+        results = self._results
         rows = [("site", "module", "ran", "read from", "result")]
         for name, site in self._sites.items():
             if name in results.errors:
@@ -326,7 +336,7 @@ class Capture(Mapping[str, Attention]):
         for site in self._every:
             if site.refused:
                 rows.append((site.name, site.type, "–", "–", f"refused: {site.refused}"))
-        return "\n".join([head, table(rows), *self._outside()])
+        return rows
 
     def __repr__(self) -> str:
         return (
@@ -334,6 +344,9 @@ class Capture(Mapping[str, Attention]):
             f"{type(self._model).__name__}, {self.nbytes / 2**20:.1f} MB"
             f"{', watching' if self.attached else ''})"
         )
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), caption=repr(self))
 
 
 def _check_model(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from vistvis.models import families
 from vistvis.models.code import reached_names
 from vistvis.models.families import ModuleTraits, kind_and_block, module_traits
 from vistvis.models.family import Role
-from vistvis.names import few, matches, nearest
+from vistvis.names import few, html_table, matches, nearest
 
 Chooser: TypeAlias = "str | Sequence[str] | Callable[[Site], bool] | None"
 
@@ -111,16 +111,20 @@ class SiteList(Sequence[Site]):
         return sites
 
     def __str__(self) -> str:
-        if not self._sites:
-            return "no attention sites"
+        return table(self._rows()) if self._sites else "no attention sites"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), caption=f"{len(self)} attention sites")
+
+    def _rows(self) -> Sequence[tuple[str, ...]]:
         rows = [("site", "module", "kind", "heads", "read from")]
         for site in self._sites:
             how = f"refused: {site.refused}" if site.refused else site.source
             heads = str(site.heads) if site.heads else "?"
             rows.append((site.name, site.type, site.kind, heads, how))
-        return table(rows)
-
-    __repr__ = __str__
+        return rows
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -134,6 +138,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def find_sites(model: nn.Module) -> SiteList:
     """The attention modules that a model's code shows, in the order of `model.named_modules()`."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"a model is a torch.nn.Module, got {type(model).__name__}")
     sites = [_site(name, module) for name, module in named_modules(model)]
     roles = families.roles_of(model)
     return SiteList(_in_role(site, roles) for site in sites if site is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from vistvis.attention import Attention
 from vistvis.attention.checks import bytes_text
-from vistvis.errors import SiteError, StoreError
-from vistvis.names import few, suggestion
+from vistvis.errors import InputError, SiteError, StoreError
+from vistvis.images import thumbnail_tags
+from vistvis.names import few, html_table, suggestion
 from vistvis.progress import progress as bar
 from vistvis.store.folders import Folder, folder_of, reported
 from vistvis.store.manifest import NAME, Manifest, longest_layout, read_manifest
@@ -305,6 +307,23 @@ class Run(Mapping[str, Attention]):
             bytes_text(self.nbytes),
         )
         return f"Run({self.path!r}: {', '.join(filter(None, parts))})"
+
+    def _repr_html_(self) -> str:
+        rows = [("site", "kind", "weights", "holds", "size")]
+        for name in self.expected:
+            if name not in self._sound.sites:
+                rows.append((name, "", "", "damaged" if name in self.damaged else "missing", ""))
+                continue
+            one = self.record(name)
+            holds = f"{'Q and K' if one.holds == 'qk' else 'weights'} {one.dtype}"
+            shape, size = " × ".join(map(str, one.shape)), bytes_text(one.file.nbytes)
+            rows.append((name, one.site.kind, shape, holds, size))
+        pictures = ""
+        # A run that is closed, replaced or damaged still shows its table; and so does one whose
+        # images are no pictures.
+        with contextlib.suppress(StoreError, InputError):
+            pictures = "" if self.images is None else thumbnail_tags(self.images)
+        return pictures + html_table(rows, caption=repr(self))
 
     # -- reading ---------------------------------------------------------------------------------
 

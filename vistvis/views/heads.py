@@ -6,15 +6,42 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vistvis.errors import InputError
-from vistvis.views.figures import NotebookFigure, colour_bar, heat_axes, image_axes, outline_box
-from vistvis.views.painting import as_array, normalizer, resize
+from vistvis.views.figures import (
+    INK,
+    QUIET,
+    NotebookFigure,
+    colour_bar,
+    frame_axes,
+    inches_of,
+    mark_query,
+    shorten,
+    text_height,
+    wrap,
+)
+from vistvis.views.painting import (
+    ALPHA,
+    CMAP,
+    Own,
+    as_array,
+    is_clipped,
+    lay_over,
+    normalizer,
+    resize,
+    scale_text,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
+    from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
     from vistvis.images import Values
+
+# Inches.
+_SIDE, _GAP, _BAR, _BAR_SPACE = 0.12, 0.08, 0.13, 0.8
+_PANEL, _LEAST, _HIGHEST_BAR = 2.4, 0.95, 4.0
 
 
 def head_grid(
@@ -23,27 +50,42 @@ def head_grid(
     *,
     title: str = "",
     names: Sequence[str] | None = None,
+    photo: str = "picture",
     box: tuple[int, int, int, int] | None = None,
-    norm: str = "linear",
-    cmap: str = "inferno",
-    alpha: float = 0.6,
-    columns: int = 4,
+    norm: str = "auto",
+    cmap: str | Colormap = CMAP,
+    alpha: float = ALPHA,
+    columns: int | None = None,
+    width: str | float | None = None,
+    untrained: bool = False,
 ) -> NotebookFigure:
     """Draw the maps `(h, rows, cols)` of all heads over one picture, uint8 `(H, W, 3)`.
 
     Parameters
     ----------
     names
-        One for each map; by default `head 0`, `head 1`, …
+        One for each map; by default `head 0`, `head 1`, …, and the mean of several heads is drawn
+        before them.
+    photo
+        The picture's name, which stands above it.
     box
         The query patch in pixels, outlined in every picture; None for a special token.
     norm
-        "linear", "log" or "percentile": one scale for all heads.
+        "auto", "linear", "log" or "percentile", as in `painting.normalizer`: one scale for all
+        heads. What lies above it is white.
+    cmap, alpha
+        As in `painting.lay_over`.
+    columns
+        Pictures in a line. Default: what leaves the fewest places empty.
+    width
+        "column" (3.35 in), "double" (6.9 in) or inches. Default: what the pictures need.
+    untrained
+        Say in the title that the weights are.
 
     Raises
     ------
     InputError
-        If there is not one name for each map.
+        If there is not one name for each map, or an option is none of those above.
     """
     values = as_array(maps)
     if values.ndim != 3:
@@ -51,23 +93,61 @@ def head_grid(
     labels = list(names) if names is not None else [f"head {i}" for i in range(len(values))]
     if len(labels) != len(values):
         raise InputError(f"{len(values)} maps need as many names, got {len(labels)}")
-    scale = normalizer(values, norm=norm)
-    height, width = image.shape[:2]
-    columns = min(columns, len(values) + 1)
-    rows = math.ceil((len(values) + 1) / columns)
-    figure = NotebookFigure(
-        figsize=(2.6 * columns + 0.9, 2.75 * rows * height / width + 0.5), layout="constrained"
-    )
-    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(len(values) + 1)]
-    image_axes(axes[0], image, title="picture")
-    for panel, heat, label in zip(axes[1:], resize(values, (height, width)), labels, strict=True):
-        colours = heat_axes(
-            panel, heat, normalizer=scale, image=image, cmap=cmap, alpha=alpha, title=label
-        )
-    if box is not None:
-        for panel in axes:
-            outline_box(panel, box)
-    colour_bar(figure, colours, axes, label="attention weight")
-    if title:
-        figure.suptitle(title)
+    if names is None and len(values) > 1:
+        values = np.concatenate([values.mean(0, keepdims=True), values])
+        labels = [f"mean of {len(labels)} heads", *labels]
+    own = None if box is None else _own(box, image.shape[:2], values.shape[1:])
+    scale = normalizer(values, norm=norm, own=own)
+    wide = None if width is None else inches_of(width)
+    count, aspect = len(values) + 1, image.shape[0] / image.shape[1]
+    columns = columns or _columns(count, wide)
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    around = 2 * _SIDE + _BAR_SPACE + (columns - 1) * _GAP
+    if wide is None:
+        wide = max(columns * _PANEL * min(1, 1 / aspect) + around, 4.5)
+    panel = (wide - around) / columns
+    large, small = (12.0, 9.0) if width is None else (9.0, 7.0)
+    title = " · ".join([title] * bool(title) + ["untrained weights"] * untrained)
+    title = wrap(title, wide - 2 * _SIDE, large, weight="bold")
+    note = wrap(scale_text(values, scale, norm=norm, own=own), wide - 2 * _SIDE, small)
+    label = small * 1.5 / 72
+    note_top = _SIDE + (text_height(title, large) if title else 0)
+    top = note_top + text_height(note, small) + 0.05
+    cell = label + panel * aspect + _GAP
+    figure = NotebookFigure(figsize=(wide, top + rows * cell - _GAP + _SIDE), dpi=150)
+    figure.write(_SIDE, _SIDE, title, size=large, fontweight="bold")
+    figure.write(_SIDE, note_top, note, size=small, color=QUIET)
+    picture = image.astype(np.float32) / np.float32(255)
+    for number, text in enumerate([photo, *labels]):
+        row, column = divmod(number, columns)
+        place = (_SIDE + column * (panel + _GAP), top + row * cell + label)
+        axes = figure.add_box(*place, panel, panel * aspect)
+        frame_axes(axes)
+        shown = image
+        if number:
+            heat = resize(values[number - 1], image.shape[:2])
+            shown = lay_over(picture, heat, normalizer=scale, cmap=cmap, alpha=alpha)
+        axes.imshow(shown, interpolation="antialiased")
+        text = shorten(text, panel, small)
+        axes.set_title(text, fontsize=small, pad=2.5, loc="left", color=INK, parse_math=False)
+        if box is not None:
+            mark_query(axes, box)
+    span = min(rows * cell - _GAP - label, _HIGHEST_BAR)
+    bar = figure.add_box(wide - _SIDE - _BAR_SPACE + 0.1, top + label, _BAR, span)
+    clipped = is_clipped(values, scale)
+    colour_bar(bar, normalizer=scale, cmap=cmap, clipped=clipped, size=small)
     return figure
+
+
+def _own(box: tuple[int, int, int, int], size: tuple[int, ...], grid: tuple[int, ...]) -> Own:
+    """Row and column of the patch that a box outlines, in every map."""
+    row, col = (round(start * n / of) for start, n, of in zip(box[1::-1], grid, size, strict=True))
+    return slice(None), row, col
+
+
+def _columns(count: int, width: float | None) -> int:
+    """Pictures in a line: of all that are large enough, those that leave the fewest places."""
+    most = 6 if width is None else int((width - 2 * _SIDE - _BAR_SPACE) / (_LEAST + _GAP))
+    most = max(min(most, count), 1)
+    return min(range(most, most // 2, -1), key=lambda columns: -count % columns)

@@ -22,10 +22,11 @@ class OverlayOutputPath:
     """Where overlays are written, and PDF pages found.
 
         <output_path>/query_frames/query_image_<q>.png
-        <output_path>/layer=layer_<i>/head=<h>/overlays/overlay_<q>.png
+        <output_path>/layer=layer_<i>/head=<h>/overlays/overlay_<q>_frame_<k>.png
+        <output_path>/overlays.json
 
-    For a site of a run its name stands in the place of `layer_<i>`. Where several key frames were
-    asked for, the file is `overlay_<q>_frame_<k>.png`.
+    For a site of a run its name stands in the place of `layer_<i>`. Earlier versions wrote
+    `overlay_<q>.png` where one key frame was asked for, and no `overlays.json`.
     """
 
     output_path: str

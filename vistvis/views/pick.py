@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _ALTERNATIVES = (
-    "give tokens by number instead (query_idx=500 or a list; TokenLayout.index finds the number of "
-    "a patch by row and column), or look around in the HTML view in a browser"
+    "give tokens by number instead: query_idx=500 or a list; TokenLayout.index finds the number of "
+    "a patch by row and column"
 )
 # These draw into a notebook or a browser: their `show` returns at once, so nothing can be returned
 # when a window is closed.

@@ -15,14 +15,13 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from einops import rearrange
 
 from vistvis.errors import InputError, StoreError
-from vistvis.files import atomic_file
+from vistvis.files import atomic_file, checked_path
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,18 +76,24 @@ def _chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
 
-def write_pngs(paints: Mapping[str, Callable[[], NDArray[np.uint8]]]) -> None:
+def write_pngs(paints: Mapping[str, Callable[[], NDArray[np.uint8]]]) -> dict[str, str]:
     """Paint, encode and write files in a few threads; StoreError where one can't be written.
 
     `paints` has for each path what makes its picture; called once, so that few pictures are held at
-    a time. Folders are made where they are missing.
+    a time. Folders are made where they are missing. Returns the `checksum` of every file.
     """
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(_write, paints, paints.values()))  # raises what went wrong
+        checksums = pool.map(_write, paints, paints.values())
+        return dict(zip(paints, checksums, strict=True))  # raises what went wrong
 
 
-def _write(path: str, paint: Callable[[], NDArray[np.uint8]]) -> None:
-    target = Path(path)
+def checksum(data: bytes) -> str:
+    """The CRC-32 of a file's bytes, 8 hexadecimal digits."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def _write(path: str, paint: Callable[[], NDArray[np.uint8]]) -> str:
+    target = checked_path(path)
     data = encode_png(paint())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,3 +105,4 @@ def _write(path: str, paint: Callable[[], NDArray[np.uint8]]) -> None:
             file.write(data)
     except OSError as error:
         raise StoreError(f"can't write {target}: {error.strerror or error}") from error
+    return checksum(data)
