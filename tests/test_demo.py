@@ -84,9 +84,10 @@ def test_the_names_of_the_earlier_tool() -> None:
 def test_one_token_is_one_place(photos: list[Path], model: VGGT, tmp_path: Path) -> None:
     token = P + 12
     figures, result = look(photos, model, token, head_idx=1, output_dir=tmp_path)
-    assert list(figures) == ["frame", "global"]
+    assert [kind for kind, _ in figures] == ["frame", "global"]
+    assert figures["global"] is figures[1][1]
     assert set(result) == {"frame_attention", "global_attention", "block_idx", "patch_start_idx"}
-    for figure in figures.values():
+    for _, figure in figures:
         words = [text.get_text() for text in figure.texts]
         assert words[1] == f"query: token 12 of frame 1 (absolute {token}), row 1, col 2"
         assert "block 1 · head 1" in words[0]
@@ -100,7 +101,7 @@ def test_one_token_is_one_place(photos: list[Path], model: VGGT, tmp_path: Path)
             result["global_attention"]["attn_weights"], images, token, 1
         ),
     }
-    values = tmp_path / f"values_block_1_head_1_token_{token}.npz"
+    values = tmp_path / "values.npz"
     with np.load(values, allow_pickle=False) as found:
         metadata = json.loads(str(found["metadata"]))
         for kind, values in expected.items():
@@ -117,7 +118,7 @@ def test_one_token_is_one_place(photos: list[Path], model: VGGT, tmp_path: Path)
     assert names == [
         f"frame_block_1_head_1_token_{token}.png",
         f"global_block_1_head_1_token_{token}.png",
-        f"values_block_1_head_1_token_{token}.npz",
+        "values.npz",
     ]
 
 
@@ -134,10 +135,10 @@ def test_a_token_that_is_no_patch_is_moved_once(photos: list[Path], model: VGGT)
         figures, _ = look(photos, model, P)
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    for figure in figures.values():
+    for _, figure in figures:
         assert f"(absolute {P + 5})" in figure.texts[1].get_text()
     figures, _ = look(photos, model, P, allow_special=True)
-    for figure in figures.values():
+    for _, figure in figures:
         assert "a camera token" in figure.texts[1].get_text()
 
 
@@ -216,7 +217,7 @@ def test_figures_are_sharp_at_any_patch_size(
     monkeypatch.setattr(preprocess, "_read", lambda *a, **k: decoded.append(a) or read(*a, **k))
     figures, _ = look(photos, model.eval(), 12)
     assert len(decoded) == len(photos)  # once each: the model's pictures and the sharp ones
-    for figure in figures.values():
+    for _, figure in figures:
         shown = [image.get_array() for axes in figure.axes for image in axes.images]
         assert min(picture.shape[1] for picture in shown if picture.ndim == 3) >= 500
 
@@ -241,7 +242,7 @@ def test_the_command(
     assert len(list(tmp_path.iterdir())) == 3
 
     # The printed matches are those of the numbers in the file.
-    with np.load(tmp_path / f"values_block_1_head_mean_token_{token}.npz") as found:
+    with np.load(tmp_path / "values.npz") as found:
         maps = found["global_attention_maps"]
     printed = [line.split() for line in out.split("global attention")[1].splitlines()[2:5]]
     for frame, (words, weights) in enumerate(zip(printed, maps, strict=True)):
@@ -261,7 +262,8 @@ def test_the_earlier_names_of_a_query(bundled: VGGT, photos: list[Path], tmp_pat
     for number, query in enumerate(queries):
         out = tmp_path / str(number)
         assert command(*photos, *query, "--types", "global", "--out", out) == 0
-        assert (out / f"values_block_1_head_0_token_{token}.npz").is_file()
+        assert (out / f"global_block_1_head_0_token_{token}.png").is_file()
+        assert (out / "values.npz").is_file()
 
 
 def test_another_query_replaces_nothing(
@@ -270,7 +272,8 @@ def test_another_query_replaces_nothing(
     for query in ("middle", "r0,c0", "register2"):
         argv = (photos[0], "--query", query, "--format", "png,pdf", "--types", "global")
         assert command(*argv, "--out", tmp_path) == 0
-    assert len(list(tmp_path.glob("values_*.npz"))) == 3
+    assert (tmp_path / "values.npz").is_file()
+    assert len(list(tmp_path.glob("values_*.npz"))) == 2
     assert len(list(tmp_path.glob("*.pdf"))) == 3
     assert "next: vistvis demo " in capsys.readouterr().out
 

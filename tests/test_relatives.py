@@ -387,7 +387,7 @@ def test_the_demo_on_a_relative(tmp_path: Path) -> None:
     figures, result = demo_visualize_token_attention(
         sample_views(), 1, 40, model=Pi3Like(), output_dir=tmp_path, size=96
     )
-    assert list(figures) == ["frame", "global"]
+    assert [kind for kind, _ in figures] == ["frame", "global"]
     layout = result["global_attention"]["attn_weights"].site.key_layout
     assert layout.patch_size == (16, 16)
     assert len(list(tmp_path.iterdir())) == 3

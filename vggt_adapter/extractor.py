@@ -194,7 +194,7 @@ def extract_both_attentions(
     with AttentionExtractor(model) as extractor:
         frame, together = pair_of(extractor.blocks, block_idx)
         extractor._watch((frame, together), dense, rope=rope, keep=keep)
-        device = next(model.parameters()).device.type
+        device = next((weights.device.type for weights in model.parameters()), "cpu")
         with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
             model(images)
         maps, site = extractor.get_attention_maps(), extractor.captured[frame.name].site
