@@ -123,8 +123,10 @@ def test_one_token_is_one_place(photos: list[Path], model: VGGT, tmp_path: Path)
 
 
 def test_one_kind_only(photos: list[Path], model: VGGT) -> None:
-    assert list(look(photos, model, 12, attention_types="global")[0]) == ["global"]
-    assert list(look(photos, model, 12, attention_types=["frame"])[0]) == ["frame"]
+    assert list(dict(look(photos, model, 12, attention_types="global")[0])) == ["global"]
+    assert list(dict(look(photos, model, 12, attention_types=["frame"])[0])) == ["frame"]
+    both = look(photos, model, 12, attention_types=["global", "frame"])[0]
+    assert list(dict(both)) == ["global", "frame"]
     for wrong in ("cross", [], ["global", "cross"]):
         with pytest.raises(InputError, match="'frame' and 'global'"):
             look(photos, model, 12, attention_types=wrong)

@@ -221,7 +221,7 @@ class Capture(Mapping[str, Attention]):
         rest = [n for n in names if n not in results.repeated]
         return names if self._options.asked else rest or names
 
-    def _site(self, name: str) -> Site:
+    def _site(self, name: object) -> Site:
         if not isinstance(name, str):
             some = few(list(self._chosen))
             raise InputError(f"a site is named by a string, got {name!r}; there are {some}")
