@@ -8,6 +8,7 @@ the entry-point group "vistvis.commands". Only the module of the chosen command 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import pkgutil
@@ -17,12 +18,12 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from vistvis import commands
 from vistvis.errors import InputError, VistvisError, VistvisWarning
 from vistvis.files import version
-from vistvis.names import suggestion
+from vistvis.names import harmless, suggestion
 
 GROUP = "vistvis.commands"
 # What `vistvis help TOPIC` prints beside the help of commands: the module that has it as `HELP`.
@@ -59,7 +60,12 @@ def show_help(topics: Sequence[str]) -> int:
 
 def run(program: str, command: Any, argv: Sequence[str]) -> int:
     """Parse `argv` for a command module and run it."""
-    arguments = parser_of(program, command).parse_args(argv)
+    parser = parser_of(program, command)
+    arguments = parser.parse_args(argv)
+    for action in parser._actions:
+        # What argparse makes of `--option=--`.
+        if action.nargs is None and getattr(arguments, action.dest, None) == []:
+            parser.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
     return int(command.run(arguments) or 0)
 
 
@@ -72,7 +78,8 @@ def parser_of(program: str, command: Any) -> argparse.ArgumentParser:
 
 def guarded(program: str, call: Callable[[], int]) -> int:
     """Call, with errors of input as one line on stderr instead of a traceback."""
-    with warnings.catch_warnings():
+    harmless_output: Any = _Harmless(sys.stdout)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(harmless_output):
         warnings.simplefilter("always", VistvisWarning)
         warnings.showwarning = _plain_warnings(program, warnings.showwarning)
         try:
@@ -177,11 +184,24 @@ def _in_usage(action: argparse.Action) -> str:
     return f"[{name}]" if action.nargs in ("?", "*") else name
 
 
+class _Harmless:
+    """A stream on which names and words from elsewhere can't move the cursor or hide text."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write("\n".join(map(harmless, text.split("\n"))))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        message = " ".join(message.split())
+        message = harmless(" ".join(message.split()))
         self.exit(USAGE_ERROR, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
@@ -192,7 +212,7 @@ def _text(error: BaseException) -> str:
 
 
 def _say(program: str, text: str) -> None:
-    print(f"{program}: {text}", file=sys.stderr)
+    print(f"{harmless(program)}: {harmless(text)}", file=sys.stderr)
 
 
 def _plain_warnings(program: str, default: Callable[..., None]) -> Callable[..., None]:

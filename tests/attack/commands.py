@@ -241,5 +241,5 @@ def stand_ins() -> dict[str, Any]:
     return {
         "vistvis.models.loading.load": loaded,
         "vistvis.models.loading.load_timm": lambda *_, **__: None,
-        "vggt_adapter.demo.load_model": no_model,
+        "vggt_adapter.steps.load_model": no_model,
     }

@@ -86,7 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
     metadata = _metadata(arguments)
     source = _open(arguments)
     layers = _layers(source, metadata, arguments)
-    sites = arguments.sites and [int(s) if s.isdecimal() else s for s in arguments.sites]
+    sites = arguments.sites and [
+        int(s) if re.fullmatch(r"[0-9]{1,9}", s) else s for s in arguments.sites
+    ]
     _check(layers, arguments, sites)
     look = _options.look_of(arguments)
     if "cmap" in look:

@@ -188,6 +188,8 @@ def _damage_of(where: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise StoreError(f"{where} is damaged: {error}") from error
+    except RuntimeError as error:  # how torch tells that it can't map: too many open files, say
+        raise StoreError(f"{where} can't be read: {error}") from error
 
 
 def _compare(
