@@ -8,6 +8,7 @@ from pathlib import Path
 
 import guides
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ def test_pages_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with torch.random.fork_rng():
         torch.manual_seed(0)
         assert guides.walk(text, guides.PAGES[name], name) == len(guides.blocks(text))
+    plt.close("all")
 
 
 @pytest.mark.parametrize(
