@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from einops import pack, unpack
 
 from vistvis.errors import InputError
+from vistvis.names import suggestion
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 
     from vistvis.images import Values
 
-NORMS = ("linear", "log", "percentile")
+NORMS = ("auto", "linear", "log", "percentile")
+
+# The one house style: colours that colour-blind people can read, dark where there is little, so
+# that a grey picture can shine through, and white for what lies above the scale.
+CMAP, OVER = "inferno", "#ffffff"
+ALPHA = 0.55
 
 GREEN = (0, 215, 70)
 WHITE = (255, 255, 255)
@@ -30,6 +36,7 @@ _RING = 2
 # Weights below a millionth of the largest are one colour on a log scale: they differ in rounding.
 _LOG_DECADES = 6
 _LEVELS = 256
+_LUMA = (0.299, 0.587, 0.114)
 
 
 def resize(maps: Values, size: tuple[int, int]) -> NDArray[np.float32]:
@@ -65,7 +72,13 @@ def stretch(maps: Values, *, eps: float = 1e-8) -> NDArray[np.float32]:
     return stretched
 
 
-def normalizer(values: Values, *, norm: str = "linear", percentile: float = 99.0) -> Normalize:
+def normalizer(
+    values: Values,
+    *,
+    norm: str = "auto",
+    percentile: float = 99.0,
+    own: tuple[int, int, int] | None = None,
+) -> Normalize:
     """One colour scale for all values given, with fixed limits, so that pictures can be compared.
 
     Parameters
@@ -73,9 +86,14 @@ def normalizer(values: Values, *, norm: str = "linear", percentile: float = 99.0
     values
         Of any shape; NaN and infinite values do not count.
     norm
-        "linear" from 0 (or the smallest value, where that is negative) to the largest; "log" over
-        at most six decades below the largest; "percentile": linear, but only up to that percentile,
-        so that one strong sink does not turn everything else dark.
+        "linear" from 0 (or the smallest value, where that is negative) to the largest; "auto": the
+        same, but the query's own patch and the eight beside it do not count, because a query that
+        looks at itself first would leave every other frame dark; "log" over at most six decades
+        below the largest; "percentile": linear, but only up to that percentile, so that one strong
+        sink does not turn everything else dark.
+    own
+        Which of the maps `(…, rows, cols)`, counted through, and which of its rows and columns is
+        the query's own patch; None where it has none.
 
     Raises
     ------
@@ -84,29 +102,75 @@ def normalizer(values: Values, *, norm: str = "linear", percentile: float = 99.0
     """
     from matplotlib.colors import LogNorm, Normalize
 
-    finite = as_array(values)
-    finite = finite[np.isfinite(finite)]
+    array = as_array(values)
+    finite = array[np.isfinite(array)]
     if finite.size == 0:
         raise InputError("a colour scale needs at least one finite value; all are NaN or infinite")
+    if norm == "auto":
+        others = _others(array, own) if own is not None else finite
+        # A map of nothing but the query's surroundings has no other values to scale by.
+        finite = others if others.size and others.max() > 0 else finite
     low, high = min(0.0, float(finite.min())), float(finite.max())
     if norm == "log":
         positive = finite[finite > 0]
         if positive.size == 0:
             raise InputError('norm="log" needs a positive value; use norm="linear"')
         low = max(float(positive.min()), high * 10.0**-_LOG_DECADES)
-        return LogNorm(vmin=low if low < high else high / 10, vmax=high, clip=True)
+        return LogNorm(vmin=low if low < high else high / 10, vmax=high)
     if norm == "percentile":
         cut = float(np.percentile(finite, percentile))
         high = cut if cut > low else high
-    elif norm != "linear":
+    elif norm not in ("auto", "linear"):
         raise InputError(f"norm is one of {', '.join(map(repr, NORMS))}, got {norm!r}")
     if not high > low:  # one colour for a constant map, in place of a division by zero
         high = low + 1.0
-    return Normalize(vmin=low, vmax=high, clip=True)
+    return Normalize(vmin=low, vmax=high)
+
+
+def _others(maps: NDArray[np.float32], own: tuple[int, int, int]) -> NDArray[np.float32]:
+    """The finite values but those of a patch and the eight beside it."""
+    number, row, col = own
+    counted = np.isfinite(maps).reshape(-1, *maps.shape[-2:])
+    counted[number, max(row - 1, 0) : row + 2, max(col - 1, 0) : col + 2] = False
+    others: NDArray[np.float32] = maps.reshape(counted.shape)[counted]
+    return others
+
+
+def colour_map(cmap: str | Colormap = CMAP) -> Colormap:
+    """A colour map that shows what lies above its scale; InputError where there is none such."""
+    import matplotlib
+
+    try:
+        found = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
+    except KeyError as error:
+        hint = suggestion(str(cmap), matplotlib.colormaps, otherwise="inferno, viridis, cividis, …")
+        raise InputError(f"matplotlib has no colour map {cmap!r}: {hint}") from error
+    return found.with_extremes(over=OVER, bad=found(0.0))  # bad: NaN, and 0 on a log scale
+
+
+def lay_over(
+    picture: NDArray[np.floating[Any]],
+    heat: NDArray[np.float32],
+    *,
+    normalizer: Normalize,
+    cmap: str | Colormap = CMAP,
+    alpha: float = ALPHA,
+) -> NDArray[np.uint8]:
+    """A map `(H, W)` in colour over a picture `(H, W, 3)` in [0, 1], uint8 `(H, W, 3)`.
+
+    The picture is grey, times `1 − alpha`, and shines through where the map is dark ("screen"):
+    bright colours, which carry the message, stay as the colour bar has them.
+    """
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha is an opacity from 0 to 1, got {alpha}")
+    colours = colour_map(cmap)(normalizer(heat))[..., :3].astype(np.float32)
+    grey = (picture @ np.array(_LUMA, np.float32) * np.float32(1 - alpha))[..., None]
+    laid: NDArray[np.uint8] = np.rint(255 * (colours + (1 - colours) * grey)).astype(np.uint8)
+    return laid
 
 
 def colourise(
-    values: Values, *, cmap: str | Colormap = "jet", normalizer: Normalize | None = None
+    values: Values, *, cmap: str | Colormap = CMAP, normalizer: Normalize | None = None
 ) -> NDArray[np.uint8]:
     """Colour of every value, `(..., H, W)` → uint8 `(..., H, W, 3)`.
 
@@ -129,15 +193,7 @@ def colour_indices(values: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def colour_table(cmap: str | Colormap) -> NDArray[np.uint8]:
     """A colour map as 256 colours, uint8 `(256, 3)`; InputError where matplotlib has none such."""
-    import matplotlib
-
-    try:
-        colour_of = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
-    except KeyError as error:
-        raise InputError(
-            f"matplotlib has no colour map {cmap!r}; list them with list(matplotlib.colormaps)"
-        ) from error
-    colours = np.asarray(colour_of(np.linspace(0, 1, _LEVELS)))[:, :3]
+    colours = np.asarray(colour_map(cmap)(np.linspace(0, 1, _LEVELS)))[:, :3]
     table: NDArray[np.uint8] = np.rint(colours * 255).astype(np.uint8)
     return table
 
