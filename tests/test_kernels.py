@@ -61,7 +61,7 @@ def _packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (*loaded, sys.modules[__name__]):
         assert not kernels._KERNELS.keys() & set(map(id, vars(module).values()))
     assert not kernels._OWNERS
-    assert not kernels._EARS.stack
+    assert not kernels.EARS.stack
 
 
 class Base(nn.Module):
@@ -444,7 +444,7 @@ def test_an_error_in_the_kernel_is_the_users() -> None:
         with pytest.raises(RuntimeError):
             model(torch.randn(2, 6, 32))
         assert capture.failed_passes == 1
-        assert not kernels._EARS.stack
+        assert not kernels.EARS.stack
 
 
 def test_modules_loaded_meanwhile_get_the_kernel_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -406,7 +406,7 @@ def test_a_mode_would_switch_them_off(natives: list[str]) -> None:
 
 def test_accounts_go_aside_and_modes_of_others_stay() -> None:
     def made() -> account.Account:
-        return account.Account(None, lambda: False, lambda: None)  # type: ignore[arg-type, return-value]
+        return account.Account(None, lambda: False, lambda: None, lambda run: None)  # type: ignore[arg-type, return-value]
 
     modes = [Plain(), made(), Plain(), made()]
     with modes[0], modes[1], modes[2], modes[3]:

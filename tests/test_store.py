@@ -24,8 +24,8 @@ import vistvis
 from vistvis import Attention, SiteInfo, TokenLayout, WindowInfo
 from vistvis.errors import CaptureError, InputError, SiteError, StoreError
 from vistvis.images import image_tensor
-from vistvis.store import Run, RunWriter, open_run, save_run
-from vistvis.store import manifest as manifest_module
+from vistvis.store import Run, RunWriter, clean_run, open_run, save_run
+from vistvis.store import records as records_module
 from vistvis.store.folders import LocalFolder, RemoteFolder
 from vistvis.store.tensors import Encoded
 
@@ -58,6 +58,11 @@ def cut_short(path: Any, given: dict[str, Attention], count: int, *, expect: boo
         for name in list(given)[:count]:
             writer.write(name, given[name])
         _ = 1 / 0
+
+
+def file_of(run: Path, name: str) -> Path:
+    """The file of a stored site."""
+    return run / open_run(run, strict=False)._manifest.sites[name].file.file
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -290,7 +295,7 @@ def test_the_run_says_what_it_is(tmp_path: Path) -> None:
 def test_files_are_plain_safetensors(tmp_path: Path) -> None:
     given = attention(mask=torch.ones(N, N, dtype=torch.bool))
     save_run({"global_block_7": given}, tmp_path / "run")
-    found = safetensors.torch.load_file(tmp_path / "run/sites/global_block_7.safetensors")
+    found = safetensors.torch.load_file(file_of(tmp_path / "run", "global_block_7"))
     assert set(found) == {"query", "key", "mask"}
     assert torch.equal(found["query"], given.query)  # type: ignore[arg-type]
 
@@ -310,12 +315,12 @@ def test_names_that_files_cannot_bear(tmp_path: Path) -> None:
     names = [
         "Block",
         "block",
-        "block:1",
+        "block*1",
         "block?1",
         "blöck",
         ".hidden",
         "x" * 240,
-        "a\nb",
+        "a b",
         "-",
         "…",
     ]
@@ -334,18 +339,18 @@ def test_opening_reads_no_data_and_the_first_touch_checks_once(
     given = captured(3)
     save_run(given, tmp_path / "run", images=torch.zeros(2, 3, 4, 4))
     checked: list[str] = []
-    real = manifest_module.checksum
+    real = records_module.checksum
 
     def counted(path: Path) -> tuple[int, int]:
         checked.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(manifest_module, "checksum", counted)
+    monkeypatch.setattr(records_module, "checksum", counted)
     run = open_run(tmp_path / "run")
     assert checked == []
     run["global_block_1"].rows(3)
     run["global_block_1"].columns(3)
-    assert checked == ["global_block_1.safetensors"]
+    assert checked == [file_of(tmp_path / "run", "global_block_1").name]
     assert run["global_block_1"] is run["global_block_1"]  # with its log-sum-exp
 
 
@@ -354,7 +359,7 @@ def test_tensors_are_mapped_and_writing_into_them_stays_here(tmp_path: Path) -> 
     query = run["a"].query
     assert query is not None
     with open("/proc/self/maps") as maps:
-        assert str(tmp_path / "run/sites/a.safetensors") in maps.read()
+        assert str(file_of(tmp_path / "run", "a")) in maps.read()
     query.zero_()
     open_run(tmp_path / "run").check()
     with pytest.raises(CaptureError):
@@ -397,7 +402,7 @@ class Gate:
         real = LocalFolder.write
 
         def write(folder: LocalFolder, name: str, pieces: Any) -> tuple[int, int]:
-            if name.startswith("sites/"):
+            if name.endswith(".safetensors"):
                 self.reached.set()
                 assert self.open.wait(20)
                 self.written.append(name)
@@ -424,8 +429,9 @@ def test_writing_is_in_the_background_bounded_and_in_order(
     gate.open.set()
     rest.join(20)
     writer.close()
-    assert gate.written == [f"sites/{name}.safetensors" for name in names]
     all_same(open_run(tmp_path / "run"), given)
+    records = [open_run(tmp_path / "run").record(name) for name in names]
+    assert gate.written == [record.file.file for record in records]
 
 
 def test_an_interrupt_while_waiting_for_the_disk(
@@ -463,7 +469,7 @@ def test_each_site_is_listed_as_soon_as_it_is_stored(
 
     def write(folder: LocalFolder, name: str, pieces: Any) -> tuple[int, int]:
         result = real(folder, name, pieces)
-        if name == "manifest.json":
+        if name.endswith(".json"):
             run = open_run(tmp_path / "run")
             run.check()
             seen.append(run.sites)
@@ -564,7 +570,7 @@ def test_tensors_that_are_written_into_meanwhile(
         writer.close()
     run = open_run(tmp_path / "run")
     assert run.missing == ("first", "a")[-1 if when == "before" else 0 :]
-    assert not (tmp_path / "run/sites/a.safetensors").exists()
+    assert not list((tmp_path / "run/sites").glob("a-*"))
 
 
 def test_storing_while_a_model_runs(tmp_path: Path) -> None:
@@ -627,8 +633,8 @@ def test_calling_again_resumes(tmp_path: Path) -> None:
 
 def test_resuming_with_only_what_is_missing(tmp_path: Path) -> None:
     given = captured(4)
-    part_of_run(tmp_path / "run", given, 2)
-    with RunWriter(tmp_path / "run") as writer:
+    part_of_run(tmp_path / "run", given, 2, pass_id="one")
+    with RunWriter(tmp_path / "run", pass_id="one") as writer:
         assert writer.finished == ("global_block_0", "global_block_1")
         for name in writer.missing:
             writer.write(name, given[name])
@@ -675,14 +681,14 @@ def test_another_run_is_not_resumed(tmp_path: Path, changes: dict[str, Any]) -> 
 
 def test_damaged_sites_are_written_again(tmp_path: Path) -> None:
     given = captured(4)
-    part_of_run(tmp_path / "run", given, 3)
-    sites = tmp_path / "run/sites"
-    (sites / "global_block_0.safetensors").unlink()
-    os.truncate(sites / "global_block_1.safetensors", 100)
-    with open(sites / "global_block_2.safetensors", "r+b") as file:
+    part_of_run(tmp_path / "run", given, 3, pass_id="one")
+    sites = [file_of(tmp_path / "run", name) for name in list(given)[:3]]
+    sites[0].unlink()
+    os.truncate(sites[1], 100)
+    with open(sites[2], "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
-    run = save_run(given, tmp_path / "run")
+    run = save_run(given, tmp_path / "run", pass_id="one")
     all_same(run, given)
     run.check()
 
@@ -769,8 +775,12 @@ def test_a_run_behind_a_url(url: str) -> None:
     assert run.images is not None
     assert len(run._cache) <= 4  # whole objects: only the latest stay in memory
     all_same(save_run(second, url), second)
+    # Nothing of the first goes, since someone may be reading it: six sites and the images.
     left = fsspec.filesystem("memory").find("/bucket/runs/fern")
-    assert len(left) == 4  # the manifest and three sites
+    assert len(left) == 1 + 3 + 7
+    assert clean_run(url) == {}
+    assert len(clean_run(url, older_than=0)) == 7
+    all_same(open_run(url), second)
 
 
 def test_behind_a_url_the_manifest_comes_last(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -783,12 +793,12 @@ def test_behind_a_url_the_manifest_comes_last(url: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(RemoteFolder, "write", write)
     save_run(captured(2), url, images=torch.zeros(2, 3, 4, 4))
-    manifest = "manifest.json"
-    assert puts == [
-        *(manifest, "images.safetensors", manifest),
-        *("sites/global_block_0.safetensors", manifest),
-        *("sites/global_block_1.safetensors", manifest),
-        manifest,
+    token = open_run(url)._manifest.token
+    assert [name.replace(f"-{token}", "") for name in puts] == [
+        *("manifest.json", "images.safetensors", "manifest.json"),
+        *("sites/global_block_0.safetensors", "sites/global_block_0.json"),
+        *("sites/global_block_1.safetensors", "sites/global_block_1.json"),
+        "manifest.json",
     ]
 
 
@@ -815,16 +825,16 @@ def test_behind_a_url_two_writers_are_noticed(url: str) -> None:
 def test_behind_a_url_damage_is_noticed(url: str) -> None:
     save_run(captured(2), url)
     system = fsspec.filesystem("memory")
-    path = "/bucket/runs/fern/sites/global_block_1.safetensors"
+    path = f"/bucket/runs/fern/{open_run(url).record('global_block_1').file.file}"
     data = bytearray(system.cat_file(path))
     data[-1] ^= 1
     system.pipe_file(path, bytes(data))
     run = open_run(url)
     run["global_block_0"].rows(0)
-    with pytest.raises(StoreError, match=r"global_block_1\.safetensors is damaged"):
+    with pytest.raises(StoreError, match=r"global_block_1-\w{8}\.safetensors is damaged"):
         run["global_block_1"]
     system.pipe_file(path, bytes(data[:-1]))
-    with pytest.raises(StoreError, match=r"global_block_1\.safetensors is damaged"):
+    with pytest.raises(StoreError, match=r"global_block_1-\w{8}\.safetensors is damaged"):
         open_run(url)
 
 

@@ -26,6 +26,7 @@ from vistvis import Attention, TokenLayout
 from vistvis.errors import InputError, StoreError, VistvisError
 from vistvis.store import RunWriter, open_run, save_run
 from vistvis.store import folders as folders_module
+from vistvis.store.records import sealed
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,8 +64,15 @@ def run(tmp_path: Path) -> Path:
 def edit(run: Path, change: Any) -> None:
     path = run / "manifest.json"
     data = json.loads(path.read_text())
+    del data["crc32"]
     change(data)
-    path.write_text(json.dumps(data))
+    path.write_bytes(sealed(data))
+
+
+def file_of(run: Path, what: str) -> Path:
+    """The file that the manifest names for a site, or for the images."""
+    data = json.loads((run / "manifest.json").read_text())
+    return run / (data["images"] if what == "images" else data["sites"][what])["file"]
 
 
 # -- names ----------------------------------------------------------------------------------------
@@ -93,8 +101,9 @@ def test_paths_that_are_refused(path: Any) -> None:
             call(path)
 
 
-@pytest.mark.parametrize("what", ["sites", "sites/block_1.safetensors", "manifest.json"])
+@pytest.mark.parametrize("what", ["sites", "block_1", "manifest.json"])
 def test_links_that_lead_out_are_refused(run: Path, tmp_path: Path, what: str) -> None:
+    what = file_of(run, what).relative_to(run).as_posix() if what == "block_1" else what
     outside = tmp_path / "outside"
     shutil.move(run / what, outside)
     (run / what).symlink_to(outside)
@@ -151,14 +160,14 @@ def test_a_manifest_cannot_lead_elsewhere(run: Path, file: Any) -> None:
 
 
 def test_a_newer_schema(run: Path) -> None:
-    edit(run, lambda data: data.update(schema=2, made_by="vistvis 9"))
+    edit(run, lambda data: data.update(schema=3, made_by="vistvis 9"))
     text = (run / "manifest.json").read_bytes()
-    with pytest.raises(StoreError, match=r"manifest\.json has schema version 2.*update vistvis"):
+    with pytest.raises(StoreError, match=r"manifest\.json has schema version 3.*update vistvis"):
         open_run(run)
-    with pytest.raises(StoreError, match=r"schema version 2.*Nothing was written"):
+    with pytest.raises(StoreError, match=r"schema version 3.*Nothing was written"):
         save_run(captured(seed=1), run)
     assert (run / "manifest.json").read_bytes() == text
-    edit(run, lambda data: data.update(schema=1))
+    edit(run, lambda data: data.update(schema=2))
     check(run, captured())
 
 
@@ -199,9 +208,10 @@ def mutations(data: Any, number: random.Random) -> Any:
 def test_a_forged_manifest_gives_an_error_or_a_run(run: Path) -> None:
     number = random.Random(0)
     sound = json.loads((run / "manifest.json").read_text())
+    del sound["crc32"]
     refused = 0
     for _ in range(400):
-        (run / "manifest.json").write_text(json.dumps(mutations(sound, number)))
+        (run / "manifest.json").write_bytes(sealed(mutations(sound, number)))
         try:
             found = open_run(run)
             for name in found:
@@ -214,7 +224,7 @@ def test_a_forged_manifest_gives_an_error_or_a_run(run: Path) -> None:
 
 # -- damaged files --------------------------------------------------------------------------------
 
-FILES = ["sites/block_1.safetensors", "images.safetensors"]
+FILES = ["block_1", "images"]
 
 
 def touch(run: Path) -> None:
@@ -225,7 +235,7 @@ def touch(run: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_truncation_is_noticed_at_open(run: Path, file: str) -> None:
-    path = run / file
+    path = file_of(run, file)
     data = path.read_bytes()
     for size in (0, 1, 7, 8, 9, 64, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:size])
@@ -244,7 +254,7 @@ def test_every_truncation_is_noticed_at_open(run: Path, file: str) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_flipped_bit_is_noticed_at_the_first_touch(run: Path, file: str) -> None:
-    path = run / file
+    path = file_of(run, file)
     data = path.read_bytes()
     for place in range(0, len(data), 3):
         flipped = bytearray(data)
@@ -257,36 +267,36 @@ def test_every_flipped_bit_is_noticed_at_the_first_touch(run: Path, file: str) -
 
 
 def test_swapped_files_are_noticed(run: Path) -> None:
-    one, two = (run / f"sites/block_{number}.safetensors" for number in (0, 1))
+    one, two = (file_of(run, f"block_{number}") for number in (0, 1))
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
     two.write_bytes(first)
-    with pytest.raises(StoreError, match=r"block_1\.safetensors is damaged"):
+    with pytest.raises(StoreError, match=r"block_1-\w{8}\.safetensors is damaged"):
         open_run(run)["block_1"]
 
 
 def test_damage_that_happens_after_opening(run: Path) -> None:
     opened = open_run(run)
-    path = run / "sites/block_1.safetensors"
+    path = file_of(run, "block_1")
     os.truncate(path, 200)
-    with pytest.raises(StoreError, match=r"block_1\.safetensors is damaged"):
+    with pytest.raises(StoreError, match=r"block_1-\w{8}\.safetensors is damaged"):
         opened["block_1"]
     path.unlink()
-    with pytest.raises(StoreError, match=r"block_1\.safetensors"):
+    with pytest.raises(StoreError, match=r"block_1-\w{8}\.safetensors"):
         opened["block_1"]
 
 
 def test_what_is_sound_beside_damage_opens_when_asked_for(run: Path) -> None:
-    os.truncate(run / FILES[0], 200)
-    os.truncate(run / FILES[1], 20)
+    os.truncate(file_of(run, FILES[0]), 200)
+    os.truncate(file_of(run, FILES[1]), 20)
     opened = open_run(run, strict=False)
     assert opened.sites == ("block_0", "block_2")
     assert opened.missing == ("block_1",)
-    assert "block_1.safetensors is damaged" in opened.damaged["block_1"]
+    assert f"{file_of(run, FILES[0])} is damaged" in opened.damaged["block_1"]
     assert torch.equal(opened["block_2"].query, captured()["block_2"].query)  # type: ignore[arg-type]
-    with pytest.raises(StoreError, match=r"block_1\.safetensors is damaged"):
+    with pytest.raises(StoreError, match=r"block_1-\w{8}\.safetensors is damaged"):
         opened["block_1"]
-    with pytest.raises(StoreError, match=r"images\.safetensors is damaged"):
+    with pytest.raises(StoreError, match=r"images-\w{8}\.safetensors is damaged"):
         _ = opened.images
 
 
@@ -298,16 +308,16 @@ def test_nothing_is_unpickled(run: Path, tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return os.system, (f"touch {mark}",)
 
-    path = run / FILES[0]
+    path = file_of(run, FILES[0])
     for data in (pickle.dumps(Evil()), b"PK\x03\x04" + pickle.dumps(Evil())):
         path.write_bytes(data)
-        size, crc = folders_module.LocalFolder(run).write("sites/block_1.safetensors", [data])
+        size, crc = folders_module.LocalFolder(run).write(f"sites/{path.name}", [data])
 
         def forge(manifest: Any, size: int = size, crc: int = crc) -> None:
             manifest["sites"]["block_1"].update(bytes=size, crc32=f"{crc:08x}")
 
         edit(run, forge)
-        with pytest.raises(StoreError, match=r"block_1\.safetensors is damaged"):
+        with pytest.raises(StoreError, match=r"block_1-\w{8}\.safetensors is damaged"):
             open_run(run)
     assert not mark.exists()
 
@@ -316,7 +326,9 @@ def test_a_file_that_is_sound_but_does_not_fit(run: Path) -> None:
     """Everything agrees but the tensors with each other: still no wrong weights."""
     tensors = {"query": torch.ones(1, 3, 9, 4), "key": torch.ones(1, 2, 9, 4)}
     data = safetensors.torch.save(tensors)
-    size, crc = folders_module.LocalFolder(run).write(FILES[0], [data])
+    size, crc = folders_module.LocalFolder(run).write(
+        f"sites/{file_of(run, FILES[0]).name}", [data]
+    )
 
     def forge(manifest: Any) -> None:
         manifest["sites"]["block_1"].update(
@@ -326,7 +338,7 @@ def test_a_file_that_is_sound_but_does_not_fit(run: Path) -> None:
         )
 
     edit(run, forge)
-    with pytest.raises(StoreError, match=r"block_1\.safetensors does not fit"):
+    with pytest.raises(StoreError, match=r"block_1-\w{8}\.safetensors does not fit"):
         open_run(run)["block_1"]
 
 

@@ -133,13 +133,13 @@ def test_store_goes_on_with_what_was_cut_short(
     monkeypatch.setattr(RunWriter, "write", interrupted)
     assert main(command) == 130
     assert open_run(out).missing == ("frame_block_1", "global_block_1")
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/sites").iterdir()}
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/sites").glob("*.safetensors")}
     monkeypatch.setattr(RunWriter, "write", real)
     assert main(command) == 0
     assert open_run(out).complete
     assert (
         before.items()
-        <= {p: p.stat().st_mtime_ns for p in (tmp_path / "run/sites").iterdir()}.items()
+        <= {p: p.stat().st_mtime_ns for p in (tmp_path / "run/sites").glob("*.safetensors")}.items()
     )
 
 
@@ -200,7 +200,7 @@ def test_info(photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert data["sites"]["blocks.0.attn"]["shape"] == [2, 3, 197, 197]
     assert data["bytes"] == sum(p.stat().st_size for p in out.rglob("*.safetensors"))
 
-    file0 = out / "sites/blocks.0.attn.safetensors"
+    file0 = out / open_run(out).record("blocks.0.attn").file.file
     sound = file0.read_bytes()
     file0.write_bytes(sound[:50])
     assert main(["info", str(out)]) == 1
@@ -209,8 +209,18 @@ def test_info(photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "blocks.0.attn  DAMAGED" in text
     file0.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     assert main(["info", str(out)]) == 0
-    assert main(["info", str(out), "--check"]) == 2
-    assert "blocks.0.attn.safetensors is damaged" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["info", str(out), "--check"]) == 1
+    text = capsys.readouterr().out
+    assert f"blocks.0.attn  DAMAGED: {file0} is damaged" in text
+    assert "Q and K F32" in text  # the table, of what is sound
+    assert "every checksum" not in text
+    images = next(out.glob("images-*"))
+    images.write_bytes(images.read_bytes()[:-1] + b"\1")
+    assert main(["info", str(out), "--check"]) == 1
+    text = capsys.readouterr().out
+    assert f"blocks.0.attn  DAMAGED: {file0} is damaged" in text
+    assert f"\nDAMAGED: {images} is damaged" in text
     assert main(["info", str(tmp_path / "nothing")]) == 2
     assert "no run in" in capsys.readouterr().err
     RunWriter(tmp_path / "part", expected=["a"]).close()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from vistvis.names import harmless
 
 if TYPE_CHECKING:
     from vistvis.store import Run
@@ -19,20 +22,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="compare every checksum (reads the whole run)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--clean",
+        action="store_true",
+        help="instead, remove files of writers to which no manifest points, and temporary ones",
+    )
+    parser.add_argument(
+        "--older-than",
+        type=float,
+        default=24.0,
+        metavar="HOURS",
+        help="with --clean: only what was written longer ago (default: 24)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The exit code is 1 for a run that is not whole."""
-    from vistvis.store import open_run
+    from vistvis.store import clean_run, open_run
 
+    if arguments.clean:
+        removed = clean_run(arguments.run, older_than=arguments.older_than)
+        print(json.dumps(removed, indent=1) if arguments.json else _removed_text(removed))
+        return 0
     stored = open_run(arguments.run, strict=False)
     if arguments.check:
-        stored.check(progress=not arguments.json)
+        stored.check(strict=False, progress=not arguments.json)
     if arguments.json:
         print(json.dumps(summary(stored), indent=1))
     else:
         print("\n".join(lines(stored, checked=arguments.check)))
-    return 0 if stored.complete else 1
+    return 0 if stored.complete and not stored.damaged_files else 1
 
 
 def summary(stored: Run) -> dict[str, Any]:
@@ -41,6 +60,7 @@ def summary(stored: Run) -> dict[str, Any]:
     return {
         "path": stored.path,
         "model": stored.model,
+        "pass_id": stored.pass_id,
         "layout": stored.layout.to_dict() if stored.layout else None,
         "images": stored.image_shape,
         "metadata": stored.metadata,
@@ -56,22 +76,23 @@ def summary(stored: Run) -> dict[str, Any]:
             for name, record in records.items()
         },
         "missing": stored.missing,
-        "damaged": stored.damaged,
+        "damaged": dict(stored.damaged),
+        "damaged_files": dict(stored.damaged_files),
     }
 
 
 def lines(stored: Run, *, checked: bool) -> list[str]:
-    """What is printed, for people."""
+    """What is printed, for people; nothing that a file says reaches a terminal as it is."""
     from vistvis.attention.checks import bytes_text
 
     records = {name: stored.record(name) for name in stored}
     dense = sum(2 * math.prod(record.shape) for record in records.values())
     rows = [
         (
-            name,
+            harmless(name),
             " × ".join(map(str, record.shape)),
             f"{'Q and K' if record.holds == 'qk' else 'weights'} {record.dtype}"
-            + (" + mask" if "mask" in record.file.tensors else ""),
+            + "".join(f" + {more}" for more in ("mask", "segments") if more in record.file.tensors),
             bytes_text(record.file.nbytes),
         )
         for name, record in records.items()
@@ -87,12 +108,15 @@ def lines(stored: Run, *, checked: bool) -> list[str]:
         ("state", _state(stored, checked=checked)),
     ]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    damaged = stored.damaged
+    others = [one for one in stored.damaged_files.values() if one not in damaged.values()]
     return [
-        *(f"{key:<10}{value}" for key, value in head),
+        *(f"{harmless(key):<10}{harmless(value)}" for key, value in head),
         "",
         *("  ".join([*map(str.ljust, row, widths), row[3]]) for row in rows),
-        *(f"{name}  MISSING" for name in stored.missing if name not in stored.damaged),
-        *(f"{name}  DAMAGED: {problem}" for name, problem in stored.damaged.items()),
+        *(f"{harmless(name)}  MISSING" for name in stored.missing if name not in damaged),
+        *(f"{harmless(name)}  DAMAGED: {harmless(text)}" for name, text in damaged.items()),
+        *(f"DAMAGED: {harmless(text)}" for text in others),
     ]
 
 
@@ -100,6 +124,17 @@ def _state(stored: Run, *, checked: bool) -> str:
     count = len(stored.expected)
     if stored.missing:
         return f"{len(stored)} of {count} sites; store it again to go on with it"
+    if stored.damaged_files:
+        return f"{count} sites, and {len(stored.damaged_files)} damaged files; store it again"
     if not stored.complete:
         return f"{count} sites, but its writer was cut short: there may have been more to come"
     return f"complete, {count} sites" + (", every checksum agrees" if checked else "")
+
+
+def _removed_text(removed: Mapping[str, int]) -> str:
+    from vistvis.attention.checks import bytes_text
+
+    if not removed:
+        return "nothing to remove"
+    each = [f"removed {harmless(name)} ({bytes_text(size)})" for name, size in removed.items()]
+    return "\n".join([*each, f"{len(removed)} files, {bytes_text(sum(removed.values()))}"])

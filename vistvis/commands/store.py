@@ -50,9 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     from vistvis.attention import Attention
     from vistvis.hooks.capture import capture
     from vistvis.models.loading import load
+    from vistvis.names import harmless
     from vistvis.progress import progress
-    from vistvis.store import RunWriter, open_run
+    from vistvis.store import RunWriter, check_target, open_run, pass_id_of
 
+    check_target(arguments.out)  # before a model is loaded for nothing
     loaded = load(
         arguments.model,
         images=arguments.images,
@@ -61,12 +63,20 @@ def run(arguments: argparse.Namespace) -> int:
         size=arguments.size,
     )
     names = loaded.sites(arguments.sites).names
+    pass_id = pass_id_of(
+        loaded.model,
+        loaded.images,
+        name=arguments.model,
+        size=arguments.size,
+        dtype=arguments.dtype,
+    )
     with RunWriter(
         arguments.out,
         expected=names,
         images=loaded.pictures,
         model=arguments.model,
         metadata={"pictures": [str(path) for path in arguments.images], "dtype": arguments.dtype},
+        pass_id=pass_id,
         resume=not arguments.anew,
     ) as writer:
         had = len(writer.finished)
@@ -80,5 +90,5 @@ def run(arguments: argparse.Namespace) -> int:
             loaded.model(loaded.images)
     stored = open_run(arguments.out)
     went_on = f", {had} of them before" if had else ""
-    print(f"{stored!r}{went_on}")
+    print(harmless(f"{stored!r}{went_on}"))
     return 0

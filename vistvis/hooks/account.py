@@ -11,12 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.overrides import TorchFunctionMode
 
 from vistvis.hooks.flow import PRODUCTS, SOFTMAX, Flow
 from vistvis.hooks.fused import read_call
@@ -33,6 +28,7 @@ from vistvis.hooks.readings import (
 )
 from vistvis.hooks.results import Call, Options, Pass, Results, numbered
 from vistvis.hooks.settling import SiteRun
+from vistvis.hooks.steady import function_modes, replace_modes
 from vistvis.models.families import roles_of
 from vistvis.models.sites import Site, SiteList, is_torchs, named_modules, names_softmax, seen_site
 
@@ -60,10 +56,8 @@ class Outside:
         options: Options,
         results: Results,
         keeping: Keeping,
-        finish: Callable[[SiteRun], None],
     ) -> None:
-        self._options, self._results, self._finish = options, results, finish
-        self.keeping = keeping
+        self._options, self._results, self.keeping = options, results, keeping
         self._owners = {id(module): Owner(name, module) for name, module in named_modules(model)}
         self._root = next(iter(self._owners.values()))
         self._roles = roles_of(model)
@@ -105,20 +99,20 @@ class Outside:
         """A call that is not kept, of a module that is known."""
         self.count(kernel, self._owners.get(id(module)) or Owner(type(module).__name__, module))
 
-    def saw(self, kernel: str, source: str, read: Read, now: Pass) -> None:
-        """A kernel call that is no running site's."""
+    def seen(self, kernel: str, source: str, read: Read, now: Pass) -> SiteRun | None:
+        """A kernel call that is no running site's; None if it is only counted."""
         owner = self.owner()
         site = self._chosen.get(id(owner.module))
         if site is None:
             if not self.takes(source) or id(owner.module) in self._refused:
                 self.count(kernel, owner)
-                return
+                return None
             site = self._adopted(owner, source, now)
         # The heads may be in the batch; without the size of that, nothing is assumed.
         batch = owner.sizes[0] if owner.sizes else None
         heads = site.heads if batch is not None else None
         reader = KernelReader(self.keeping, heads, batch, site.traits.heads_at)
-        self._finish(SiteRun(site, read(reader), owner.sizes))
+        return SiteRun(site, read(reader), owner.sizes)
 
     def ran_multihead(self, module: nn.Module) -> None:
         """An `nn.MultiheadAttention` ran; sites account for themselves."""
@@ -151,10 +145,14 @@ class Account(TorchFunctionMode):
     """Sees the torch functions of one pass; `active` says whether no site is running."""
 
     def __init__(
-        self, outside: Outside, active: Callable[[], bool], now: Callable[[], Pass]
+        self,
+        outside: Outside,
+        active: Callable[[], bool],
+        now: Callable[[], Pass],
+        finish: Callable[[SiteRun], None],
     ) -> None:
         super().__init__()
-        self._outside, self._active, self._now = outside, active, now
+        self._outside, self._active, self._now, self._finish = outside, active, now, finish
         self._flows: list[Flow] = []
         self._multiheads: set[int] = set()
 
@@ -206,7 +204,9 @@ class Account(TorchFunctionMode):
     def saw(self, kernel: str, source: str, read: Read) -> None:
         """A kernel call that is no running site's."""
         with torch.no_grad():
-            self._outside.saw(kernel, source, read, self._now())
+            run = self._outside.seen(kernel, source, read, self._now())
+            if run is not None:
+                self._finish(run)
 
     def _multihead(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         reader = MultiheadReader(self._outside.keeping)
@@ -267,20 +267,12 @@ def aside() -> Iterator[None]:
 
     Modes that others have put on stay, as they would without the account.
     """
-    stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    rest = [mode for mode in stack if not isinstance(mode, Account)]
-    _replace(stack, rest)
+    stack = function_modes()
+    replace_modes([mode for mode in stack if not isinstance(mode, Account)])
     try:
         yield
     finally:
-        _replace(rest, stack)
-
-
-def _replace(before: Sequence[TorchFunctionMode], after: Sequence[TorchFunctionMode]) -> None:
-    for _ in before:
-        _pop_mode()  # type: ignore[no-untyped-call]
-    for mode in after:
-        _push_mode(mode)  # type: ignore[no-untyped-call]
+        replace_modes(stack)
 
 
 def _sizes(values: Iterator[Any]) -> tuple[int, ...]:

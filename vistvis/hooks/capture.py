@@ -76,7 +76,10 @@ def capture(
     Returns
     -------
     A context manager and a mapping from site name to `Attention`, in model order. Its hooks are on
-    from this call until `close()` or the end of the `with` block.
+    from this call until `close()` or the end of the `with` block; a capture that nobody holds any
+    more is over, too, and what it left on the model goes with the next forward. A pass belongs to
+    the captures opened in its thread; with none there, to the one that is open. What
+    `torch.export` or `torch.jit.trace` runs is no pass.
 
     Raises
     ------
@@ -87,8 +90,9 @@ def capture(
     CaptureError
         If the model can't be captured at all (`DataParallel`, TorchScript). At access or at the end
         of the block: a site that never ran, ran twice in a pass, or made a kernel call that can't
-        be turned into exact weights. With `sites=None`, one that only ran twice, or that only the
-        pass has shown, is a warning there.
+        be turned into exact weights; a pass in a thread that opened none of several captures. With
+        `sites=None`, a site that only ran twice, or that only the pass has shown, is a warning
+        there.
 
     Cost: some 0.5 ms of Python a site and pass (measured: 1 to 3 % of a forward of VGGT on a CPU),
     and for the first of several passes the system's time to give memory for Q and K, on a CPU 2 to
@@ -129,7 +133,7 @@ class Capture(Mapping[str, Attention]):
     @property
     def attached(self) -> bool:
         """Whether the model is being watched."""
-        return self._watch.attached
+        return self._watch.open
 
     def remove(self) -> None:
         """Take everything off the model; what was captured stays."""
@@ -151,7 +155,14 @@ class Capture(Mapping[str, Attention]):
             self._watch.drain()
             self._raise_untold()
 
+    def _check_clear(self) -> None:
+        if self._watch.claim.unclear:
+            self._told.add("")
+            raise CaptureError(self._watch.claim.unclear)
+
     def _raise_untold(self) -> None:
+        if "" not in self._told:
+            self._check_clear()
         errors, fired = self._results.errors, self._results.fired
         untold = {n: text for n, text in errors.items() if n not in self._told}
         if untold:
@@ -174,6 +185,7 @@ class Capture(Mapping[str, Attention]):
         site = self._site(name)
         if self._released:
             raise CaptureError(f"site {name!r}: this capture was closed and let go of its data")
+        self._check_clear()
         if site.name in self._results.errors:
             self._told.add(site.name)
             raise CaptureError(f"site {name!r}: {self._results.errors[site.name]}")
@@ -186,6 +198,7 @@ class Capture(Mapping[str, Attention]):
 
     def __iter__(self) -> Iterator[str]:
         names = self._held()
+        self._check_clear()
         if not names and self._options.sink is None:
             if self._released:
                 raise CaptureError("this capture was closed and let go of its data")
@@ -296,6 +309,7 @@ class Capture(Mapping[str, Attention]):
             f"{self.passes} forward passes"
             + (f", {self.failed_passes} failed" if self.failed_passes else "")
             + (" (still watching)" if self.attached else "")
+            + (f"\n{self._watch.claim.unclear}" if self._watch.claim.unclear else "")
         )
         rows = [("site", "module", "ran", "read from", "result")]
         for name, site in self._sites.items():

@@ -12,6 +12,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vistvis.errors import CaptureError, InputError
+from vistvis.hooks.steady import steadily
 from vistvis.models.sites import SiteList
 
 Run: TypeAlias = Callable[..., Any]
@@ -139,16 +140,25 @@ def inputs_of(sites: SiteList, run: Run, images: Tensor) -> dict[str, Tensor]:
                 seen.setdefault(name, tokens.detach().clone())
                 return
 
-    handles = []
-    try:
+    handles: list[Any] = []
+
+    def listen() -> None:
         for site in sites:
             hook = partial(note, site.name)
             handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
         with torch.no_grad():
             run(images)
-    finally:
+
+    def leave() -> None:
         for handle in handles:
             handle.remove()
+
+    try:
+        steadily(listen)
+        leave()
+    except BaseException:
+        leave()
+        raise
     return seen
 
 

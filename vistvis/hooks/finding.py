@@ -59,7 +59,5 @@ def find_sites(model: nn.Module, *, example: Example = None) -> SiteList:
         )
         for name, site in results.adopted.items()
     ]
-    order = [name for name, _ in sites.named_modules(model)]
-    return SiteList(
-        sorted([*every, *seen], key=lambda site: order.index(site.path.partition("#")[0]))
-    )
+    order = {name: place for place, (name, _) in enumerate(sites.named_modules(model))}
+    return SiteList(sorted([*every, *seen], key=lambda site: order[site.path.partition("#")[0]]))

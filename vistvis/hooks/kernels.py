@@ -15,13 +15,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType, ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
-from torch._C import _pop_torch_function_stack, _push_on_torch_function_stack
 
+from vistvis.hooks.steady import function_modes, replace_modes, steadily
 from vistvis.models.families import APPROXIMATIONS, FLASH, FLEX, KERNELS, XFORMERS
 
 NAMES = (KERNELS | APPROXIMATIONS.keys()) - {"scaled_dot_product_attention"}
@@ -33,6 +34,13 @@ _SIGNS: dict[str, tuple[str, ...]] = {
     "flex_attention": ("score_mod", "block_mask"),
     "varlen_attn": ("cu_seq_q", "cu_seq_k"),
 }
+
+
+class Owner(Protocol):
+    """Who watches a model, while `open`."""
+
+    @property
+    def open(self) -> bool: ...
 
 
 class KernelCall(NamedTuple):
@@ -52,12 +60,13 @@ class _Ears(threading.local):
     """Who listens in this thread: owners with what they hear with, the innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[object, Hear]] = []
+        self.stack: tuple[tuple[object, Hear], ...] = ()
 
 
-_EARS = _Ears()
+EARS = _Ears()
 _LOCK = threading.RLock()
-_OWNERS: dict[object, nn.Module] = {}  # what watches which model
+# Who watches which model; who is gone or closed watches none.
+_OWNERS: weakref.WeakKeyDictionary[Owner, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 _WRAPPERS: dict[int, Callable[..., Any]] = {}  # by the id of the kernel, which each one holds
 _KERNELS: dict[int, Callable[..., Any]] = {}  # by the id of the wrapper
 # By their id, loaded modules that held no kernel when they were looked through, and how many names
@@ -68,21 +77,22 @@ _PLAIN: dict[int, tuple[weakref.ref[Any], int]] = {}
 @contextmanager
 def listening(owner: object, hear: Hear) -> Iterator[None]:
     """Hear this thread's kernel calls; of one owner only the innermost hears a call."""
-    _EARS.stack.append((owner, hear))
+    before = EARS.stack
+    EARS.stack = (*before, (owner, hear))
     try:
         yield
     finally:
-        _EARS.stack.pop()
+        EARS.stack = before
 
 
-def link(owner: object, model: nn.Module) -> None:
-    """Lead the names of kernels to wrappers, until `unlink(owner)`.
+def link(owner: Owner, model: nn.Module) -> None:
+    """Lead the names of kernels to wrappers, until `owner` has closed and `unlink(model)`.
 
     Cost: some 30 ms for 3,000 loaded modules the first time, then a look at what is new. Kernels
     loaded later are not seen.
     """
     with _LOCK:
-        _OWNERS[owner] = model
+        _OWNERS[owner] = weakref.ref(model)
         known, changed, mine = len(_WRAPPERS), _changed(), list(_instances(model))
         for names in (*map(vars, changed), *mine):
             for name in NAMES & names.keys():
@@ -106,18 +116,18 @@ def link(owner: object, model: nn.Module) -> None:
             _replaced(names, _WRAPPERS)
 
 
-def unlink(owner: object) -> None:
+def unlink(model: nn.Module) -> None:
     """Lead them to the kernels again, but for what others watch. Twice does no harm."""
     with _LOCK:
-        if owner not in _OWNERS:
-            return
-        rest = [model for one, model in _OWNERS.items() if one is not owner]
-        watched = {id(names) for model in rest for names in _instances(model)}
-        mine = [names for names in _instances(_OWNERS[owner]) if id(names) not in watched]
+        for owner in [one for one in _OWNERS if not one.open]:
+            del _OWNERS[owner]
+        linked = [there() for there in _OWNERS.values()]
+        rest = [one for one in linked if one is not None]
+        watched = {id(names) for one in rest for names in _instances(one)}
+        mine = [names for names in _instances(model) if id(names) not in watched]
         # A module that was loaded meanwhile may have bound a wrapper.
         for names in mine if rest else [*mine, *map(vars, _changed())]:
             _replaced(names, _KERNELS)
-        del _OWNERS[owner]
 
 
 def _changed() -> list[ModuleType]:
@@ -180,14 +190,10 @@ def _wrapper(name: str, kernel: Callable[..., Any]) -> None:
     @functools.wraps(kernel, updated=())
     def call_kernel(*args: Any, **kwargs: Any) -> Any:
         # Dynamo must not come to what it can't trace.
-        if torch.compiler.is_compiling() or not _EARS.stack:
+        if torch.compiler.is_compiling() or not EARS.stack:
             return kernel(*args, **kwargs)
-        ears, _EARS.stack = _EARS.stack, []  # what a kernel calls is its own business
-        try:
-            with _no_modes():
-                out = kernel(*args, **kwargs)
-        finally:
-            _EARS.stack = ears
+        ears = EARS.stack
+        out = steadily(partial(_run_alone, kernel, args, kwargs), EARS)
         call = KernelCall(name, kernel, args, kwargs, out)
         for hear in dict(ears).values():
             hear(call)
@@ -197,17 +203,14 @@ def _wrapper(name: str, kernel: Callable[..., Any]) -> None:
     _WRAPPERS[id(kernel)] = call_kernel
 
 
-@contextmanager
-def _no_modes() -> Iterator[None]:
-    """Without our function modes: Dynamo, which `flex_attention` goes through, would trace them."""
-    taken = [_pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
-    kept = [mode for mode in taken if not type(mode).__module__.startswith("vistvis.")]
-    for mode in kept:
-        _push_on_torch_function_stack(mode)
-    try:
-        yield
-    finally:
-        for _ in kept:
-            _pop_torch_function_stack()
-        for mode in taken:
-            _push_on_torch_function_stack(mode)
+def _run_alone(kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Without our function modes: Dynamo, which `flex_attention` goes through, would trace them.
+
+    And with no ears: what a kernel calls is its own business.
+    """
+    ears, modes, EARS.stack = EARS.stack, function_modes(), ()
+    replace_modes([mode for mode in modes if not type(mode).__module__.startswith("vistvis.")])
+    out = kernel(*args, **kwargs)
+    replace_modes(modes)
+    EARS.stack = ears
+    return out

@@ -8,7 +8,7 @@ map.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from vistvis.errors import CaptureError
 from vistvis.hooks.merging import Merge, merging_functions
 from vistvis.hooks.moves import same_rows, sources
 from vistvis.hooks.origins import Placing, Tokens
-from vistvis.hooks.patching import Forward, Listener
+from vistvis.hooks.patching import Forward
 from vistvis.hooks.positions import places, position_tensors
 from vistvis.models.families import ATTENTION_CLASS
 from vistvis.models.sites import Site
@@ -39,29 +39,30 @@ class Orders(threading.local):
         self._layout: TokenLayout | None = None
         self._watching = False
         self._recent: list[tuple[Tensor, Tokens]] = []
-        self._running: list[tuple[Tensor, Tokens, Args]] = []
+        self._running: tuple[tuple[Tensor, Tokens, Args], ...] = ()
         self._places: dict[Any, tuple[Tensor, Tensor | None, bool]] = {}
         self._merge: Merge | None = None
 
+    @classmethod
     def listeners(
-        self, model: nn.Module, sites: Sequence[Site]
-    ) -> Iterator[tuple[Any, Listener, str]]:
-        """What has to be listened to: `(owner, listener, name of what it owns)`."""
+        cls, model: nn.Module, sites: Sequence[Site]
+    ) -> Iterator[tuple[Any, Callable[..., Any], str]]:
+        """What has to be listened to: `(module, what runs instead, name of its method)`."""
         for block in _blocks(model, [site.module for site in sites]):
-            yield block, self._run_block, "forward"
+            yield block, cls._run_block, "forward"
         functions = {
             (id(owner), name): owner
             for site in sites
             for owner, name in merging_functions(site.module)
         }
         for (_, name), owner in functions.items():
-            yield owner, self._run_merge, name
+            yield owner, cls._run_merge, name
 
     @contextmanager
     def passing(self, layout: TokenLayout | None) -> Iterator[None]:
         """A pass of the model: blocks inside it hand on their tokens."""
         outer = self._layout, self._watching, self._recent, self._running, self._places
-        self._layout, self._watching, self._recent, self._running = layout, True, [], []
+        self._layout, self._watching, self._recent, self._running = layout, True, [], ()
         self._places = {}
         try:
             yield
@@ -85,7 +86,7 @@ class Orders(threading.local):
         else:
             # What attention modules alone get holds for the rest of the block.
             placed = self._seen(block[1], x, positions)
-            self._running[-1] = (block[0], placed, block[2])
+            self._running = (*self._running[:-1], (block[0], placed, block[2]))
             if placed.ids is not None and _others(block[0], block[2]):
                 placed = replace(placed, ids=None, lost=True)  # which of them it got is not known
         keys = self._crossed(others, args, kwargs) if crossing else placed
@@ -102,11 +103,13 @@ class Orders(threading.local):
         x = _token_tensor(args, kwargs) if self._watching else None
         if x is None:
             return original(*args, **kwargs)
-        self._running.append((x, self._entering(x, args, kwargs), args))
+        outer = self._running
+        self._running = (*outer, (x, self._entering(x, args, kwargs), args))
         try:
             out = original(*args, **kwargs)
+            tokens = self._running[-1][1]
         finally:
-            _, tokens, _ = self._running.pop()
+            self._running = outer
         self._remember(tokens, x, out)
         return out
 

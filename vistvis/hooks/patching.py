@@ -10,16 +10,35 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
+from vistvis.errors import CaptureError
+from vistvis.hooks.kernels import Owner, unlink
+
 Forward: TypeAlias = Callable[..., Any]
-Listener: TypeAlias = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
-"""What wraps one module's method: called with it and its arguments, in place of it."""
+
+
+class Listener(NamedTuple):
+    """What wraps one module's method, as long as its owner is there and open.
+
+    `run` is called in place of the method, with the owner, the method and its arguments;
+    `compiled`, without the owner, where Dynamo traces it.
+    """
+
+    owner: weakref.ref[Any]
+    run: Callable[..., Any]
+    compiled: Callable[..., Any] | None = None
+
+    @property
+    def over(self) -> bool:
+        owner: Owner | None = self.owner()
+        return owner is None or not owner.open
 
 
 class _Patch:
@@ -35,11 +54,18 @@ class _Patch:
         # One wrapper for all listeners: who wraps it in turn stays with it as they come and go.
         @functools.wraps(self.original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self.listeners and not torch.compiler.is_compiling():
-                _clear(self.module)  # another tool that held it has put it back
+            if not torch.compiler.is_compiling() and self.left_behind:
+                _tidy(self.module)
+                if not self.listeners:
+                    self.take_off()
             return self.wrapped(*args, **kwargs)
 
         self.forward: Forward = forward
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether nobody listens, or one who is gone: an interrupt, or a tool that held it."""
+        return not self.listeners or any(one.over for one in self.listeners)
 
     def listen(self, listeners: tuple[Listener, ...]) -> None:
         wrapped = self.original
@@ -47,18 +73,20 @@ class _Patch:
             wrapped = _wrap(wrapped, listener)
         self.listeners, self.wrapped = listeners, wrapped
 
-    def take_off(self) -> bool:
-        """Whether it is gone for good: a tool that wrapped it may yet put it back."""
+    def take_off(self) -> None:
         held = self.module.__dict__
-        there = held.get(self.method)
-        if there is self.forward:
+        if held.get(self.method) is self.forward:
             if self.had:
                 held[self.method] = self.original
             else:
                 del held[self.method]
-            return True
+
+    @property
+    def can_leave(self) -> bool:
+        """Whether no tool wraps it, who may put it back."""
+        there = self.module.__dict__.get(self.method)
         bare = isinstance(there, MethodType) and there.__self__ is self.module
-        return bare or there in (None, self.original)
+        return bare or there in (None, self.original, self.forward)
 
 
 class _Patches:
@@ -67,12 +95,25 @@ class _Patches:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.patches: list[_Patch] = []
+        # torch.jit.script asks the instance for the first; copy, pickle and torch.save for the
+        # second, which goes last: by it the rest is found.
+        self.names = {"__prepare_scriptable__": self.script, _HELD: self}
+
+    def script(self) -> nn.Module:
+        """For `torch.jit.script`, which can't compile wrappers."""
+        _tidy(self.module)
+        if self.patches:
+            raise CaptureError(
+                f"{type(self.module).__name__} is being watched, and torch.jit.script can't "
+                "compile what a capture has put on it; close the capture first"
+            )
+        return self.module
 
     def __call__(self, protocol: Any) -> Any:
         reduced = type(self.module).__reduce_ex__(self.module, protocol)
         if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
             return reduced
-        state = {key: value for key, value in reduced[2].items() if value is not self}
+        state = {key: value for key, value in reduced[2].items() if key not in self.names}
         for patch in self.patches[::-1]:  # an earlier one may be what a later one wraps
             if state.get(patch.method) is patch.forward:
                 if patch.had:
@@ -83,7 +124,7 @@ class _Patches:
 
 
 _LOCK = threading.RLock()
-_HELD = "__reduce_ex__"  # copy, pickle and torch.save ask the instance for it first
+_HELD = "__reduce_ex__"
 
 
 def _patches(module: nn.Module) -> list[_Patch]:
@@ -91,21 +132,50 @@ def _patches(module: nn.Module) -> list[_Patch]:
     return held.patches if isinstance(held, _Patches) else []
 
 
-def _clear(module: nn.Module) -> None:
-    """Take off what nobody listens through."""
+def clear(module: nn.Module) -> None:
+    """Take off whose owner is gone or closed; with the last, the instance is as it was."""
     with _LOCK:
         patches = _patches(module)
         for patch in patches[::-1]:
-            if not patch.listeners and patch.take_off():
+            if patch.left_behind:
+                patch.listen(tuple(one for one in patch.listeners if not one.over))
+            if not patch.listeners and patch.can_leave:
                 patches.remove(patch)
+                if not patches:
+                    _unmark(module)
+                patch.take_off()  # last: if an interrupt leaves it, its next call tidies up
         if not patches:
-            module.__dict__.pop(_HELD, None)
+            _unmark(module)
+
+
+def _unmark(module: nn.Module) -> None:
+    held = module.__dict__.get(_HELD)
+    for name in held.names if isinstance(held, _Patches) else ():
+        module.__dict__.pop(name, None)
+
+
+def _tidy(module: nn.Module) -> None:
+    """Take off what was left behind here and below."""
+    if isinstance(module, nn.Module):  # functions that merge tokens lie in a namespace
+        for below in module.modules():
+            clear(below)
+        unlink(module)
+    clear(module)
 
 
 def _wrap(original: Forward, listener: Listener) -> Forward:
+    owner, run, compiled = listener
+
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return listener(original, args, kwargs)
+        if torch.compiler.is_compiling():
+            return (
+                original(*args, **kwargs) if compiled is None else compiled(original, args, kwargs)
+            )
+        there = owner()
+        if there is None or not there.open:
+            return original(*args, **kwargs)
+        return run(there, original, args, kwargs)
 
     return forward
 
@@ -121,16 +191,11 @@ def attach(
         patch = next((one for one in _patches(module) if one.forward is there), None)
         if patch is None:
             patch = _Patch(module, method)
-            held.setdefault(_HELD, _Patches(module)).patches.append(patch)
+            marks = held.get(_HELD)
+            if not isinstance(marks, _Patches):
+                marks = _Patches(module)
+            marks.patches.append(patch)
+            held.update(marks.names)
             held[method] = patch.forward
         before = patch.listeners
         patch.listen((listener, *before) if inside else (*before, listener))
-
-
-def detach(module: nn.Module, listener: Listener, *, method: str = "forward") -> None:
-    """Take it off; with the last one gone, the instance is as it was. Twice does no harm."""
-    with _LOCK:
-        for patch in _patches(module):
-            if patch.method == method and listener in patch.listeners:
-                patch.listen(tuple(one for one in patch.listeners if one is not listener))
-        _clear(module)

@@ -5,7 +5,7 @@ This is the second, independent way to a module's queries and keys; the first is
 
 from __future__ import annotations
 
-from functools import partial
+import weakref
 from typing import Any
 
 import torch
@@ -15,6 +15,18 @@ from torch import Tensor, nn
 from vistvis.attention import Attention
 from vistvis.errors import CaptureError
 from vistvis.models.families import FUSED_PROJECTIONS, NORM_PAIRS, PROJECTION_PAIRS
+
+
+def _hook(tap: weakref.ref[ProjectionTap], name: str, child: nn.Module) -> Any:
+    def take(module: nn.Module, inputs: Any, output: Any) -> None:
+        there = tap()
+        if there is None:
+            handle.remove()  # an interrupt left it behind
+        else:
+            there.take(name, output)
+
+    handle = child.register_forward_hook(take)
+    return handle
 
 
 class ProjectionTap:
@@ -32,8 +44,7 @@ class ProjectionTap:
 
     def __enter__(self) -> ProjectionTap:
         for name, child in self._taps.items():
-            # The undo is on its list before the next hook: an interrupt leaves none behind.
-            self._handles.append(child.register_forward_hook(partial(self._take, name)))
+            self._handles.append(_hook(weakref.ref(self), name, child))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -41,7 +52,7 @@ class ProjectionTap:
             handle.remove()
         self._handles.clear()
 
-    def _take(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def take(self, name: str, output: Any) -> None:
         if isinstance(output, Tensor):
             self._seen[name] = output.detach().clone()
 

@@ -137,8 +137,9 @@ class Results:
             self.last_failed = False
             self.passes += count
             if self._accumulate:
-                for name, attention in done.attention.items():
-                    self.attention.setdefault(name, []).extend(attention)
+                # All of a pass or nothing, where an interrupt comes between.
+                given = {n: [*self.attention.get(n, ()), *a] for n, a in done.attention.items()}
+                self.attention = {**self.attention, **given}
                 if done.loose:
                     done.attention = {}
                 self.errors.update(done.errors)

@@ -6,11 +6,13 @@ import contextlib
 import errno
 import os
 import re
+import stat
+import sys
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from vistvis.errors import StoreError
 from vistvis.files import atomic_file, inside
@@ -89,15 +91,15 @@ class Folder(Protocol):
     def names(self) -> list[str]:
         """Everything in the folder and its `sites`, whatever it is; `sites` itself left out."""
 
-    def rename(self, old: str, new: str) -> None:
-        """Let a file take the place of another, which is never missing or half there."""
-
     def remove(self, name: str) -> None:
         """Delete a file if it is there."""
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Keep other writers away, as far as the folder can. Makes the folder."""
-        return contextlib.nullcontext()
+    def age(self, name: str) -> float | None:
+        """Seconds since a file was written; None where that is not known, or there is no file."""
+
+    def lock(self) -> Lock | None:
+        """What keeps other writers away, not held yet; None where there is no such thing."""
+        return None
 
     def local(self, name: str) -> Path | None:
         """The path of a file that can be mapped, or None."""
@@ -109,7 +111,7 @@ def folder_of(
 ) -> Folder:
     """The folder that a path or fsspec URL names; StoreError where fsspec can't reach it."""
     text = os.fspath(path)
-    if not isinstance(text, str) or not text or "\0" in text:
+    if not isinstance(text, str) or not text or "\0" in text or not _can_be_a_path(text):
         raise StoreError(f"a run lies in a folder or at an fsspec URL, got {text!r}")
     if not _URL.match(text):
         return LocalFolder(Path(text))
@@ -118,11 +120,77 @@ def folder_of(
 
     try:
         system, root = fsspec.core.url_to_fs(text, **(storage_options or {}))
-    except (ValueError, ImportError) as error:
-        raise StoreError(f"{text} can't be reached: {error}") from error
+    except Exception as error:  # every file system has errors of its own for a bad URL
+        reason = str(error) or type(error).__name__
+        raise StoreError(f"{text!r} can't be reached: {reason}") from error
     if isinstance(system, LocalFileSystem):
         return LocalFolder(Path(root))
     return RemoteFolder(system, root, text)
+
+
+def _can_be_a_path(text: str) -> bool:
+    try:
+        return bool(os.fsencode(text))
+    except UnicodeError:
+        return False
+
+
+class Lock:
+    """A lock of the operating system, which lets go of it when its holder dies, however it dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    def acquire(self) -> None:
+        """Take it, or StoreError at once."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Held by this file object: an interrupt on any line leaves it to `release`.
+        self._file = file = open(inside(self._path.parent, self._path.name), "ab")  # noqa: SIM115
+        try:
+            _lock(file)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise StoreError(
+                    f"{self._path.parent} is being written by someone else (its {LOCK} is held); "
+                    "wait for them, or write to another folder"
+                ) from error
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
+                raise StoreError(
+                    f"{self._path.parent} lies on a file system without locks ({error.strerror}); "
+                    "write to a local folder and copy the run"
+                ) from error
+            raise
+
+    def release(self) -> None:
+        """Let go, if it is held."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                _unlock(
+                    self._file
+                )  # a forked child may hold the file too, so closing is not enough
+            self._file.close()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: BinaryIO) -> None:
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+    def _unlock(file: BinaryIO) -> None:
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(file: BinaryIO) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock(file: BinaryIO) -> None:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 class LocalFolder(Folder):
@@ -138,7 +206,10 @@ class LocalFolder(Folder):
         return inside(self.folder, *name.split("/"))
 
     def read(self, name: str) -> bytes:
-        return self.local(name).read_bytes()
+        path = self.local(name)
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would make us wait, a device never end
+            raise StoreError(f"{path} is no regular file; move it away")
+        return path.read_bytes()
 
     def write(self, name: str, pieces: Iterable[Any]) -> tuple[int, int]:
         path = self.local(name)
@@ -169,36 +240,16 @@ class LocalFolder(Folder):
     def names(self) -> list[str]:
         return [name for name, _ in self._entries() if name != SITES]
 
-    def rename(self, old: str, new: str) -> None:
-        os.replace(self.local(old), self.local(new))
-        _sync(self.folder)
-
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        from filelock import FileLock, Timeout
+    def age(self, name: str) -> float | None:
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() - self.local(name).stat().st_mtime
+        return None
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # The operating system lets go of this lock when its holder dies, however it dies.
-        lock = FileLock(self.local(LOCK), timeout=0, thread_local=False)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise StoreError(
-                f"{self.folder} is being written by someone else (its {LOCK} is held); wait for "
-                "them, or write to another folder"
-            ) from error
-        except NotImplementedError as error:
-            raise StoreError(
-                f"{self.folder} lies on a file system without locks; write to a local folder and "
-                "copy the run"
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
+    def lock(self) -> Lock:
+        return Lock(self.folder / LOCK)
 
 
 class RemoteFolder(Folder):
@@ -245,10 +296,12 @@ class RemoteFolder(Folder):
     def names(self) -> list[str]:
         return [name for name, _ in self._entries() if name != SITES]
 
-    def rename(self, old: str, new: str) -> None:
-        # Object stores have no rename; a put of the same bytes is what is whole or not at all.
-        self.write(new, [self.read(old)])
-        self.remove(old)
+    def age(self, name: str) -> float | None:
+        with contextlib.suppress(Exception):  # services that don't know raise what they like
+            written = self.system.modified(f"{self.base}/{name}")
+            if written.tzinfo is not None:  # without a zone it may be hours off
+                return time.time() - float(written.timestamp())
+        return None
 
     @_as_os_error()
     def remove(self, name: str) -> None:

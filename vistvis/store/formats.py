@@ -190,8 +190,8 @@ def read_attention(path: PathLike) -> Attention:
     holds no attention.
     """
     contents = read(path)
-    has_both = {"query", "key"} <= set(contents.tensors)
-    tensors = contents.tensors if has_both else {"weights": contents.one()}
+    ours = contents.about.get("content") == _CONTENT or {"query", "key"} <= set(contents.tensors)
+    tensors = contents.tensors if ours else {"weights": contents.one()}
     try:
         about = {key: json.loads(contents.about.get(key, "null")) for key in _FACTS}
         site = SiteInfo.from_dict(about["site"]) if about["site"] else None

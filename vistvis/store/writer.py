@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import queue
-import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,14 +17,15 @@ from vistvis.attention import Attention
 from vistvis.attention.checks import describe
 from vistvis.errors import InputError, StoreError
 from vistvis.files import checked_name, version
-from vistvis.images import image_tensor
 from vistvis.names import few
 from vistvis.progress import progress as bar
 from vistvis.store.codec import check_storable
 from vistvis.store.folders import folder_of, reported
-from vistvis.store.ledger import Ledger, check_free
+from vistvis.store.ledger import Ledger, new_writer
 from vistvis.store.manifest import Manifest
 from vistvis.store.reader import Run, open_run
+from vistvis.store.scene import scene_tensors
+from vistvis.store.shelf import check_free
 from vistvis.store.tensors import Encoded
 from vistvis.tokens import TokenLayout
 
@@ -50,13 +50,20 @@ class RunWriter:
         What the model saw: `(S, C, H, W)` for one sequence of frames, `(B, C, H, W)` for a batch
         of single pictures, or `(B, S, C, H, W)`; a tensor or array of any dtype, kept as it is.
         Or a list of equal pictures `(H, W, C)`. C is 1 or 3.
+    points, confidence, cameras
+        What the model made of the scene: `(S, rows, cols, 3)` or `(S, H, W, 3)`; the same without
+        3; `(S, 3, 4)`, world to camera as OpenCV has them. A leading batch of 1 is taken off.
     layout
         The token layout of the whole sequence. By default the longest key layout of the sites.
     model, metadata
         A name, and anything JSON can hold, kept with the run.
+    pass_id
+        What tells this forward pass from every other, as `vistvis.store.pass_id_of` gives it. An
+        unfinished run in `path` of the same `pass_id` is gone on with: its sites count for this run
+        without being written again. Without one only sites written to this writer count.
     resume
-        Go on with an unfinished run in `path` of the same model, layout, images and metadata: a
-        site with the same content is not written twice. False begins anew.
+        Use what an earlier writer left: a run of the same `pass_id`, and files of the same content,
+        which are not written twice. False begins anew.
     queue_size
         How many sites may wait for the disk before `write` waits too. They are held in memory.
     storage_options
@@ -78,9 +85,13 @@ class RunWriter:
         *,
         expected: Iterable[str] | None = None,
         images: Any = None,
+        points: Any = None,
+        confidence: Any = None,
+        cameras: Any = None,
         layout: TokenLayout | None = None,
         model: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        pass_id: str | None = None,
         resume: bool = True,
         queue_size: int = 4,
         storage_options: Mapping[str, Any] | None = None,
@@ -88,29 +99,43 @@ class RunWriter:
         if queue_size < 1:
             raise InputError(f"queue_size is at least 1, got {queue_size}")
         manifest = Manifest(
-            writer=secrets.token_hex(8),
+            writer=new_writer(),
             expected=_site_names(expected or ()),
+            pass_id=None if pass_id is None else str(pass_id),
             model=None if model is None else str(model),
             layout=layout,
             metadata=_plain(metadata),
             made_by=f"vistvis {version() or ''}".rstrip(),
         )
-        pictures = None if images is None else Encoded({"images": image_tensor(images)})
+        scene = scene_tensors(
+            images=images, points=points, confidence=confidence, cameras=cameras, layout=layout
+        )
         self._folder = folder_of(path, storage_options)
+        self._process = os.getpid()
         self._given: set[str] = set()
         self._error: BaseException | None = None  # of the background
         self._refused: Exception | None = None  # of this side, kept for `close`
         self._abandoned = False
         self._closed = False
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(queue_size)
-        self._held = contextlib.ExitStack()
-        with self._held, reported(f"can't write a run in {self._folder.root}"):
-            check_free(self._folder)  # first: the lock is a file too
-            self._held.enter_context(self._folder.lock())
-            self._ledger = Ledger(self._folder, manifest, pictures, resume=resume)
-            self._held = self._held.pop_all()
         self._thread = threading.Thread(target=self._work, name="vistvis writer", daemon=True)
-        self._thread.start()
+        self._lock = self._folder.lock()
+        try:
+            with reported(f"can't write a run in {self._folder.root}"):
+                check_free(self._folder)  # first: the lock is a file too
+                if self._lock:
+                    self._lock.acquire()
+                encoded = {name: Encoded({name: tensor}) for name, tensor in scene.items()}
+                self._ledger = Ledger(self._folder, manifest, encoded, resume=resume)
+            self._thread.start()
+        except BaseException:
+            self._release()
+            self._queue.put(None)  # ends the thread, if it runs
+            raise
+
+    def _release(self) -> None:
+        if self._lock:
+            self._lock.release()
 
     # -- the caller's side -----------------------------------------------------------------------
 
@@ -123,7 +148,7 @@ class RunWriter:
 
         Q and K are not copied before they are written. If they are written into meanwhile, that is
         noticed and the site is not stored. StoreError if a site handed over before could not be
-        written, or if this one has an order, segments or functions of indices; InputError if `name`
+        written, or if this one has functions of indices; InputError if `name`
         can't name a file or was written already, or `attention` is no `Attention`.
         """
         _site_names([name])
@@ -143,6 +168,7 @@ class RunWriter:
 
     def __call__(self, name: str, attention: Attention) -> None:
         """`write` for `capture(model, sink=writer)`: errors wait for `close`."""
+        self._check_process()
         # What a sink raises would break the forward pass, and be reported as the capture's error.
         try:
             self.write(name, attention)
@@ -175,10 +201,19 @@ class RunWriter:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
-        done, all_of_them = len(self._ledger.manifest.sites), len(self._ledger.manifest.expected)
+        done, all_of_them = len(self._ledger.manifest.sites), len(self._ledger.manifest.names)
         return f"RunWriter({self._folder.root!r}, {state}, {done} of {all_of_them} sites stored)"
 
+    def _check_process(self) -> None:
+        """A forked child has neither the thread nor the lock: what it writes would be lost."""
+        if os.getpid() != self._process:
+            raise StoreError(
+                f"the writer of {self._folder.root} belongs to process {self._process}, and this "
+                f"is {os.getpid()}, forked from it; write where the writer was opened"
+            )
+
     def _put(self, task: Callable[[], None]) -> None:
+        self._check_process()
         if self._closed:
             raise StoreError(f"the run in {self._folder.root} is closed; open another RunWriter")
         if self._error is not None:
@@ -186,10 +221,12 @@ class RunWriter:
         self._queue.put(task)
 
     def _close(self, *, orderly: bool) -> None:
-        if self._closed:
+        if orderly:
+            self._check_process()
+        if self._closed or os.getpid() != self._process:
             return
-        self._closed = True
-        with self._held:
+        try:
+            self._closed = True
             try:
                 self._queue.put(None)
                 self._thread.join()
@@ -205,6 +242,8 @@ class RunWriter:
             if error := self._error or self._refused:
                 raise error
             self._ledger.finish()
+        finally:
+            self._release()
 
     # -- the background ---------------------------------------------------------------------------
 
@@ -227,9 +266,13 @@ def save_run(
     path: str | os.PathLike[str],
     *,
     images: Any = None,
+    points: Any = None,
+    confidence: Any = None,
+    cameras: Any = None,
     layout: TokenLayout | None = None,
     model: str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    pass_id: str | None = None,
     resume: bool = True,
     progress: bool = False,
     storage_options: Mapping[str, Any] | None = None,
@@ -252,9 +295,13 @@ def save_run(
         path,
         expected=names,
         images=images,
+        points=points,
+        confidence=confidence,
+        cameras=cameras,
         layout=layout,
         model=model,
         metadata=metadata,
+        pass_id=pass_id,
         resume=resume,
         storage_options=storage_options,
     ) as writer:
