@@ -197,6 +197,24 @@ def test_a_damaged_video_is_told(tmp_path: Path) -> None:
         find_photos(file)
 
 
+def test_damage_in_the_middle_is_not_painted_over(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    file, noise = tmp_path / "a.mp4", np.random.default_rng(0)
+    with av.open(file, "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(20):
+            pixels = noise.integers(0, 256, (48, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 2000] = bytes(2000)
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.mp4.*damaged or cut short"):
+        list(read_photos(find_photos(file)[0]))
+
+
 def test_sound_alone_is_no_video(tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     with av.open(tmp_path / "a.mkv", "w") as container:

@@ -113,7 +113,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise InputError(f"{file} has no pictures, only sound; give a video")
             video = container.streams.video[0]
-            video.thread_type = "AUTO"
+            # Damage is told and not painted over; threads by frames would swallow what is told.
+            video.thread_type = "SLICE"
+            video.codec_context.options = {"err_detect": "explode"}
             yield container, video
     except av.FFmpegError as error:
         raise InputError(
