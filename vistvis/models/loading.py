@@ -45,7 +45,7 @@ class LoadedModel:
     images: Tensor  # what the model takes
     pictures: Tensor  # (B, S, 3, H, W) in [0, 1]: the same before the model's normalisation
     watched: nn.Module  # the part whose sites count; the model itself, usually
-    photos: tuple[SeenPhoto, ...]  # B·S: what each picture is called, and where its pixels went
+    photos: tuple[SeenPhoto, ...] = ()  # B·S: what each picture is called, and where its pixels went
     sharp_pixels: NDArray[np.uint8] | None = None  # what `sharp` gives, as bytes
     names: Mapping[str, str] = field(default_factory=dict)  # of sites, as `capture` takes them
 
@@ -71,12 +71,12 @@ class LoadedModel:
         frames = self.pictures.shape[1]
 
         def model_pixel(frame: int, x: float, y: float) -> tuple[float, float]:
-            photo = self.photos[batch * frames + frame]
-            if photo.geometry is None:
+            geometry = self.photos[batch * frames + frame].geometry if self.photos else None
+            if geometry is None:
                 raise InputError(
                     "how this model cuts photos is not known; name a grid cell, as in r3,c5"
                 )
-            return photo.geometry.model_pixel(x, y)
+            return geometry.model_pixel(x, y)
 
         return model_pixel
 
