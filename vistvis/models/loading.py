@@ -45,7 +45,7 @@ class LoadedModel:
     images: Tensor  # what the model takes
     pictures: Tensor  # (B, S, 3, H, W) in [0, 1]: the same before the model's normalisation
     watched: nn.Module  # the part whose sites count; the model itself, usually
-    photos: tuple[SeenPhoto, ...] = ()  # B·S: what each picture is called, and where its pixels went
+    photos: tuple[SeenPhoto, ...] = ()  # B·S: their names, and where their pixels went
     sharp_pixels: NDArray[np.uint8] | None = None  # what `sharp` gives, as bytes
     names: Mapping[str, str] = field(default_factory=dict)  # of sites, as `capture` takes them
 
