@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import visualize_attention
-from vggt_adapter import demo, preprocess
+from vggt_adapter import demo
 from vggt_adapter.config import ViTConfig
 from vggt_adapter.demo import demo_visualize_token_attention
 from vggt_adapter.model import VGGT
@@ -22,6 +22,7 @@ from vggt_adapter.steps import blocks_progress, load_model, sample_views
 from vggt_adapter.values import get_attention_values
 from vistvis import VistvisWarning, cli
 from vistvis.errors import CheckpointError, IndexOutOfRange, InputError
+from vistvis.photos import reading
 
 # Photographs of 100×75 pixels come to the model as 70×56: 4×5 patches.
 SIZE, ROWS, COLS = 70, 4, 5
@@ -123,8 +124,9 @@ def test_one_token_is_one_place(photos: list[Path], model: VGGT, tmp_path: Path)
 
 
 def test_one_kind_only(photos: list[Path], model: VGGT) -> None:
-    assert list(look(photos, model, 12, attention_types="global")[0]) == ["global"]
-    assert list(look(photos, model, 12, attention_types=["frame"])[0]) == ["frame"]
+    for types, kind in (("global", "global"), (["frame"], "frame")):
+        figures, _ = look(photos, model, 12, attention_types=types)
+        assert [one for one, _ in figures] == [kind]
     for wrong in ("cross", [], ["global", "cross"]):
         with pytest.raises(InputError, match="'frame' and 'global'"):
             look(photos, model, 12, attention_types=wrong)
@@ -213,8 +215,8 @@ def test_figures_are_sharp_at_any_patch_size(
         patch_embed="conv",
     )
     decoded = []
-    read = preprocess._read
-    monkeypatch.setattr(preprocess, "_read", lambda *a, **k: decoded.append(a) or read(*a, **k))
+    read = reading._still
+    monkeypatch.setattr(reading, "_still", lambda *a, **k: decoded.append(a) or read(*a, **k))
     figures, _ = look(photos, model.eval(), 12)
     assert len(decoded) == len(photos)  # once each: the model's pictures and the sharp ones
     for _, figure in figures:
