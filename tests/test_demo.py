@@ -328,7 +328,7 @@ def test_the_bundled_model_says_what_to_look_at(
             ["{photo}", "--size", "225"],
             "--size 225: the model's patches are 14 pixels wide",
         ),
-        (["{folder}"], "name the photographs in it"),
+        (["{folder}"], "broken.jpg"),
         (["https://a.b/c.jpg"], "download it first"),
         (["{photo}", "--model", "timm:x"], "takes vggt:NAME"),
         (["{photo}", "--model", "vitt"], "no such file"),

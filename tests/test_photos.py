@@ -18,7 +18,7 @@ from vistvis.errors import InputError
 from vistvis.models.loading import _timm_pictures, load
 from vistvis.photos.finding import find_photos
 from vistvis.photos.geometry import ImageGeometry
-from vistvis.photos.photo import Photo, SeenPhoto
+from vistvis.photos.photo import Photo, SeenPhoto, crop_lines
 from vistvis.photos.reading import read_photos, seen_part
 from vistvis.photos.records import photos_metadata, photos_of
 from vistvis.queries import parse_query
@@ -349,7 +349,7 @@ def test_a_query_counts_pixels_in_the_photo(tmp_path: Path) -> None:
     assert y0 <= 50.5 <= y1
     with pytest.raises(InputError, match=r"query '5,50px'.*200×100 photo was cropped away"):
         parse_query("5,50px").index(layout, to_model=loaded.to_model(1))
-    (line,) = loaded.crop_lines()
+    (line,) = crop_lines(loaded.photos)
     assert line.startswith("the model sees x 55…144 of 200, y 5…94 of 100 pixels ('0.png', '1.png'")
     sharp = loaded.sharp()
     assert sharp is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from vggt_adapter.blocks import find_blocks, watched_part
 from vggt_adapter.steps import load_model, load_pictures
@@ -16,8 +15,7 @@ def load(
 ) -> LoadedModel:
     """The loader of the entry-point group "vistvis.models"; `model` as in `load_model`."""
     ready = load_model(model, device=device, dtype=dtype)
-    photos: Any = list(images)  # which `load_images` takes as it takes paths
-    loaded = load_pictures(photos, ready, size=size)
+    loaded = load_pictures(images, ready, size=size)
     pictures = loaded.images.unsqueeze(0)
     watched = watched_part(ready)
     return LoadedModel(

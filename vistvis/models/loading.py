@@ -25,10 +25,10 @@ from vistvis.devices import device_of, dtype_of
 from vistvis.errors import CheckpointError, InputError
 from vistvis.files import PathLike
 from vistvis.models.sites import Chooser, SiteList, choose_sites, find_sites
-from vistvis.names import few, nearest
+from vistvis.names import nearest
 from vistvis.photos.finding import find_photos
 from vistvis.photos.geometry import ImageGeometry
-from vistvis.photos.photo import Photo, SeenPhoto
+from vistvis.photos.photo import Photo, SeenPhoto, model_pixels
 from vistvis.photos.reading import read_photos, seen_part, sharp_scale
 
 if TYPE_CHECKING:
@@ -65,28 +65,10 @@ class LoadedModel:
     def to_model(self, batch: int = 0) -> Callable[[int, float, float], tuple[float, float]]:
         """For `TokenQuery.index`: from a frame's pixel in the photo to that in the model's picture.
 
-        What it gives raises InputError for a pixel that the photo does not have, or that was cut
-        off, and where the way is not known (a timm model with a transform of its own).
+        InputErrors as of `model_pixels`.
         """
         frames = self.pictures.shape[1]
-
-        def model_pixel(frame: int, x: float, y: float) -> tuple[float, float]:
-            geometry = self.photos[batch * frames + frame].geometry if self.photos else None
-            if geometry is None:
-                raise InputError(
-                    "how this model cuts photos is not known; name a grid cell, as in r3,c5"
-                )
-            return geometry.model_pixel(x, y)
-
-        return model_pixel
-
-    def crop_lines(self) -> list[str]:
-        """For people: what the model sees of each photo that is cut, photos of one cut together."""
-        cuts: dict[str, list[str]] = {}
-        for photo in self.photos:
-            if photo.geometry and (text := photo.geometry.crop_text()):
-                cuts.setdefault(text, []).append(photo.name)
-        return [f"{text} ({few(names, count=3)})" for text, names in cuts.items()]
+        return model_pixels(self.photos[batch * frames : (batch + 1) * frames])
 
 
 def load(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vistvis.errors import InputError
+from vistvis.names import few
 from vistvis.photos.geometry import ImageGeometry
 
 # How files end whose pictures are meant where a folder or a glob is named.
@@ -44,3 +47,30 @@ class SeenPhoto:
     name: str
     time: float | None
     geometry: ImageGeometry | None
+
+
+def model_pixels(
+    frames: Sequence[SeenPhoto],
+) -> Callable[[int, float, float], tuple[float, float]]:
+    """For `TokenQuery.index`: from a frame's pixel in the photo to that in the model's picture.
+
+    What it gives raises InputError for a pixel that the photo does not have, or that was cut off,
+    and where the way is not known (a timm model with a transform of its own).
+    """
+
+    def model_pixel(frame: int, x: float, y: float) -> tuple[float, float]:
+        geometry = frames[frame].geometry if frame < len(frames) else None
+        if geometry is None:
+            raise InputError("how the photo was cut is not known; name a grid cell, as in r3,c5")
+        return geometry.model_pixel(x, y)
+
+    return model_pixel
+
+
+def crop_lines(photos: Sequence[SeenPhoto]) -> list[str]:
+    """For people: what the model sees of each photo that is cut, photos of one cut together."""
+    cuts: dict[str, list[str]] = {}
+    for photo in photos:
+        if photo.geometry and (text := photo.geometry.crop_text()):
+            cuts.setdefault(text, []).append(photo.name)
+    return [f"{text} ({few(names, count=3)})" for text, names in cuts.items()]
