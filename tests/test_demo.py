@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import visualize_attention
-from vggt_adapter import demo, preprocess
+from vggt_adapter import demo
 from vggt_adapter.config import ViTConfig
 from vggt_adapter.demo import demo_visualize_token_attention
 from vggt_adapter.model import VGGT
@@ -22,6 +22,7 @@ from vggt_adapter.steps import blocks_progress, load_model, sample_views
 from vggt_adapter.values import get_attention_values
 from vistvis import VistvisWarning, cli
 from vistvis.errors import CheckpointError, IndexOutOfRange, InputError
+from vistvis.photos import reading
 
 # Photographs of 100×75 pixels come to the model as 70×56: 4×5 patches.
 SIZE, ROWS, COLS = 70, 4, 5
@@ -215,8 +216,8 @@ def test_figures_are_sharp_at_any_patch_size(
         patch_embed="conv",
     )
     decoded = []
-    read = preprocess._read
-    monkeypatch.setattr(preprocess, "_read", lambda *a, **k: decoded.append(a) or read(*a, **k))
+    read = reading._still
+    monkeypatch.setattr(reading, "_still", lambda *a, **k: decoded.append(a) or read(*a, **k))
     figures, _ = look(photos, model.eval(), 12)
     assert len(decoded) == len(photos)  # once each: the model's pictures and the sharp ones
     for _, figure in figures:
@@ -328,7 +329,7 @@ def test_the_bundled_model_says_what_to_look_at(
             ["{photo}", "--size", "225"],
             "--size 225: the model's patches are 14 pixels wide",
         ),
-        (["{folder}"], "name the photographs in it"),
+        (["{folder}"], "broken.jpg"),
         (["https://a.b/c.jpg"], "download it first"),
         (["{photo}", "--model", "timm:x"], "takes vggt:NAME"),
         (["{photo}", "--model", "vitt"], "no such file"),

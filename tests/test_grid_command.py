@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +12,9 @@ from zoo import VGGTLike
 
 import vistvis
 from vistvis import cli
+from vistvis.models.loading import load
+from vistvis.photos.photo import SeenPhoto
+from vistvis.photos.records import photos_metadata
 
 SAMPLES = sorted((Path(__file__).parents[1] / "vggt_adapter" / "samples").glob("view_*.jpg"))
 
@@ -22,9 +26,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with vistvis.capture(model) as captured, torch.no_grad():
         model(images)
     folder = tmp_path_factory.mktemp("runs") / "scene"
-    vistvis.save_run(
-        captured, folder, images=images, model="small@random", metadata={"pictures": ["a", "b"]}
-    )
+    metadata = photos_metadata([SeenPhoto(name, None, None) for name in "ab"])
+    vistvis.save_run(captured, folder, images=images, model="small@random", metadata=metadata)
     return folder
 
 
@@ -57,6 +60,32 @@ def test_it_draws_what_plot_draws(stored: Path, tmp_path: Path) -> None:
     assert sorted(file.name for file in out.parent.iterdir()) == ["scene.png", "scene.svg"]
 
 
+def test_pixels_count_in_the_photo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of photographs, and of a run that was stored of them: a pixel names the patch over it."""
+    monkeypatch.chdir(tmp_path)
+    shots = tmp_path / "shots"
+    shots.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(shots / "high.png")  # VGGT sees the middle third
+    model = ["--model", "vggt:tiny", "--sites", "global_block_1"]
+    geometry = load("vggt:tiny", images=[shots]).photos[0].geometry
+    assert geometry is not None
+    x, y = geometry.to_original(3.5 * 14 - 0.5, 5.5 * 14 - 0.5)
+    query = f"0:{x:.2f},{y:.2f}px"
+    assert cli.main(["store", "shots", *model, "--out", "run"]) == 0
+    for number, words in enumerate((["shots", *model], ["run"])):
+        for place, text in enumerate((query, "0:r5,c3")):
+            out = f"{number}{place}.png"
+            assert cli.main(["grid", *words, "--head", "0", "-q", text, "-o", out]) == 0
+        one, other = (Path(f"{number}{place}.png").read_bytes() for place in (0, 1))
+        assert one == other
+    assert "of 90 pixels ('high.png')" in capsys.readouterr().out
+    assert cli.main(["grid", "run", "--query", "0:1,1px"]) == 2
+    assert "was cropped away; the model sees" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -65,14 +94,14 @@ def test_it_draws_what_plot_draws(stored: Path, tmp_path: Path) -> None:
         (["RUN", "--model", "vggt:tiny"], "--model goes with photographs"),
         (["RUN", "--head", "9"], "--head 9: the model has heads 0…3"),
         (["RUN", "--head", "first"], "argument --head: "),
-        (["RUN", "--query", "0:3,4px"], "name the patch by its grid cell"),
+        (["RUN", "--query", "0:3,4px"], "name a grid cell"),
         (["RUN", "--query", "3:middle"], "there is no frame 3"),
         (["RUN", "--sites", "blok*"], "no site 'blok*'"),
         (["RUN", "--batch", "3"], "batch 3 is outside 0…0"),
         (["RUN", "--width", "-1"], "argument --width: "),
         (["RUN", "--width", "1.9"], "from 2 to 40 inches"),
         (["RUN", "--out", "PHOTO"], "is a file, and a folder is meant"),
-        (["nowhere.jpg", "--model", "vggt:tiny"], "no photograph nowhere.jpg"),
+        (["nowhere.jpg", "--model", "vggt:tiny"], "no file 'nowhere.jpg'"),
     ],
 )
 def test_wrong_words_are_told_in_one_line(

@@ -17,6 +17,8 @@ import vistvis
 from vggt_adapter import VGGT, AttentionExtractor, VGGTConfig, save_checkpoint
 from vistvis.cli import main
 from vistvis.models import loading as _models
+from vistvis.photos.finding import find_photos
+from vistvis.photos.records import photos_of
 from vistvis.store import RunWriter, open_run
 
 TIMM = "vit_tiny_patch16_224@random"
@@ -37,7 +39,8 @@ def photos(tmp_path: Path) -> list[str]:
 def front_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """VGGT's entry point, as an installed package has it (a checkout has none)."""
     found = metadata.EntryPoint("vggt", "vggt_adapter.loader:load", _models.GROUP)
-    monkeypatch.setattr(_models.metadata, "entry_points", lambda group: [found])
+    points = metadata.EntryPoints([found])
+    monkeypatch.setattr(_models.metadata, "entry_points", points.select)
 
 
 @pytest.fixture
@@ -88,6 +91,39 @@ def test_store_a_timm_model(
     with vistvis.capture(loaded.model, "blocks.1.attn") as live, torch.no_grad():
         loaded.model(loaded.images)
     assert torch.equal(live["blocks.1.attn"].query, run["blocks.1.attn"].query)  # type: ignore[arg-type]
+
+
+def test_store_takes_folders_and_keeps_what_was_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder and a moving GIF: names, times, and where the pixels of a turned photo went."""
+    folder, clip, out = tmp_path / "shots", tmp_path / "clip.gif", tmp_path / "run"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    for name in ("a10.png", "a2.png"):
+        Image.fromarray(pixels).save(folder / name, exif=exif)
+    frames = [Image.fromarray(np.roll(pixels, n, 0)) for n in range(12)]
+    frames[0].save(clip, save_all=True, append_images=frames[1:], duration=500)
+    words = ["--model", TIMM, "--sites", "blocks.0.attn", "--out", str(out)]
+    assert main(["store", str(folder), str(clip), "--every", "3s", *words]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("the model sees ")
+    assert "('a2.png', 'a10.png')" in said[0]
+    run = open_run(out)
+    seen = photos_of(run.metadata)
+    names = ["a2.png", "a10.png", "clip.gif @ 0:00.0", "clip.gif @ 0:03.0"]
+    assert [photo.name for photo in seen] == names
+    assert [photo.time for photo in seen] == [None, None, 0.0, 3.0]
+    assert seen == _models.load(TIMM, images=[folder, *find_photos(clip, every=3)[0]]).photos
+    assert seen[0].geometry is not None
+    assert seen[0].geometry.original_size == (80, 60)
+    assert main(["info", str(out)]) == 0
+    assert "photos    'a2.png', 'a10.png'" in capsys.readouterr().out
+    # Without a word of how often, what was chosen of a clip is told.
+    assert main(["store", str(clip), *words]) == 0
+    assert capsys.readouterr().out.startswith("clip.gif: 8 of its 12 frames, spread evenly")
 
 
 @pytest.mark.usefixtures("front_end")
@@ -167,7 +203,11 @@ def test_what_store_refuses(
 ) -> None:
     given = {"--model": TIMM, "--out": str(tmp_path / "run"), "PHOTO": photos[0], **changes}
     command = ["store", given.pop("PHOTO"), *(part for pair in given.items() for part in pair)]
-    assert main(command) == 2
+    try:
+        code = main(command)
+    except SystemExit as left:  # judged while the line was parsed
+        code = int(left.code or 0)
+    assert code == 2
     error = capsys.readouterr().err
     assert error.startswith("vistvis store: error: ")
     assert text in error

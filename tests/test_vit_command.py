@@ -63,6 +63,20 @@ def test_a_pixel_counts_in_the_photo(photo: Path, tmp_path: Path) -> None:
             file.unlink()
 
 
+def test_a_folder_with_one_picture(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "shots"
+    folder.mkdir()
+    photo = photo.rename(folder / photo.name)
+    argv = ["vit", str(folder), *MODEL, "-o", str(tmp_path / "out")]
+    assert main(argv) == 0
+    assert f"pixels ({photo.name!r})" in capsys.readouterr().out.splitlines()[0]
+    (folder / "more.png").write_bytes(photo.read_bytes())
+    assert main(argv) == 2
+    assert "has 2 pictures, and this command shows one" in capsys.readouterr().err
+
+
 def test_sites_and_heads_and_formats(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +100,7 @@ def test_sites_and_heads_and_formats(
         (["--site", "blocks.9.attn"], "no site 'blocks.9.attn': nearest"),
         (["--query", "camera"], "no special token of kind 'camera'"),
         (["--query", "99,0"], "row 99 is outside"),
-        (["--query", "10,3px"], "pixel 10,3 was cut away"),
+        (["--query", "10,3px"], "pixel (10, 3) of the 150×120 photo was cropped away"),
         (["--head", "2"], "--head 2: the model has heads 0…1"),
         (["--size", "225"], "--size 225: the model's patches are 16 pixels wide; use 224"),
         (["--model", "test_vitt"], "no model 'test_vitt'"),

@@ -53,18 +53,18 @@ DEMO = [
     ("demo --pixel 12,13", "--pixel: FRAME:X,Y is meant, or --query FRAME:X,Ypx"),
     ("demo --token 1e3", "--token: a whole number from 0 is meant"),
     ("demo --colour x", "unrecognized arguments"),
-    ("demo {missing}", "no photograph {missing}: there is no such file"),
-    ("demo {folder}", "{folder} is a folder; name the photographs in it"),
+    ("demo {missing}", "no file '{missing}'"),
+    ("demo {empty}", "'{empty}' holds no picture, nothing"),
     ("demo {run}", "{run} is a stored run, and photographs are meant"),
-    ("demo https://a.b/c.jpg", "is an address, and files are meant: download it first"),
+    ("demo https://a.b/c.jpg", "is a URL; download it first: curl -LO"),
     ("demo {photo} --model timm:deit", "--model timm:deit: this command shows VGGT"),
     ("demo {photo} --model vggt:", "--model vggt:: this command shows VGGT"),
     ("demo {photo} --model deit", "--model deit: no such file"),
 ]
 VIT = [
     ("vit", "arguments are required: PHOTO"),
-    ("vit {missing}", "no photograph {missing}"),
-    ("vit {folder}", "{folder} is a folder"),
+    ("vit {missing}", "no file '{missing}'"),
+    ("vit {empty}", "'{empty}' holds no picture"),
     ("vit {run}", "{run} is a stored run"),
     ("vit {photo} {photo}", "unrecognized arguments"),
     ("vit {photo} --device 512", "--device: "),
@@ -93,6 +93,15 @@ OTHERS = [
     ("pdf", "arguments are required"),
     ("info", "arguments are required"),
     ("store", "arguments are required"),
+    ("store {photo} -m vggt:tiny --out {photo}", "--out: {photo} is a file"),
+    ("store {photo} -m vggt:tiny --out o --size 0", "--size: pixels from 1"),
+    ("store {photo} -m vggt:tiny --out o --device meta", "--device: 'meta' can't be computed on"),
+    ("store {photo} -m vggt:tiny --out o --every x", "--every: every is a number of seconds"),
+    ("store {run} -m vggt:tiny --out o", "{run} is a stored run, and photographs are meant"),
+    ("store https://a.b/c.jpg -m vggt:tiny --out o", "is a URL; download it first"),
+    ("grid {missing} -m vggt:tiny", "no file '{missing}'"),
+    ("pdf {folder} --dpi 0", "--dpi: "),
+    ("info {run} --older-than never", "--older-than: "),
 ]
 
 
@@ -103,7 +112,14 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     run = folder / "run"
     run.mkdir()
     (run / "manifest.json").write_text("{}")
-    given = {"photo": "photo.png", "missing": "missing.jpg", "run": "run", "folder": "."}
+    (folder / "empty").mkdir()
+    given = {
+        "empty": "empty",
+        "photo": "photo.png",
+        "missing": "missing.jpg",
+        "run": "run",
+        "folder": ".",
+    }
     return {name: str(folder / file) for name, file in given.items()}
 
 

@@ -101,7 +101,7 @@ def demo_visualize_token_attention(
     figures = answer.draw(
         norm=norm,
         pictures=loaded.sharp(),
-        names=[path.name for path in loaded.paths],
+        names=[photo.name for photo in loaded.photos],
         untrained=not getattr(ready, "trained", True),
     )
     if output_dir is not None:
@@ -131,7 +131,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `vistvis demo`."""
     parser.epilog = _EXAMPLES
     add = parser.add_argument
-    add("images", nargs="*", metavar="PHOTO", help="photographs of one scene (default: samples)")
+    text = "photographs of one scene, folders, globs, videos (default: samples)"
+    add("images", nargs="*", metavar="PHOTO", help=text)
+    _options.add_every(parser)
     names = "vggt:tiny (bundled), vggt:facebook/VGGT-1B or another of the hub, vggt:FILE"
     _options.add_model(parser, default=TINY, what=names)
     queries = parser.add_mutually_exclusive_group()
@@ -168,14 +170,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `vistvis demo`; prints the strongest patch in every frame and where the files are."""
-    photos = _options.checked_photos(arguments.images)
+    photos = _options.photos_of(arguments.images, arguments) if arguments.images else None
     model = _load(arguments)
 
     from vggt_adapter.inputs import Query
     from vggt_adapter.steps import ask, load_pictures, patch_size_of, suggested
 
     _options.check_size(arguments.size, patch_size_of(model))
-    loaded = load_pictures(photos or None, model, size=arguments.size, mode=arguments.mode)
+    loaded = load_pictures(photos, model, size=arguments.size, mode=arguments.mode)
+    _options.say_crops(loaded.seen)
     place, requested = _place(arguments, model, loaded)
     head = suggested(model, "head", 0) if arguments.head is None else arguments.head
     block = suggested(model, "block", -1) if arguments.block is None else arguments.block
@@ -185,7 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
     trained = getattr(model, "trained", True)
     figures = answer.draw(
         pictures=loaded.sharp(),
-        names=[path.name for path in loaded.paths],
+        names=[photo.name for photo in loaded.photos],
         untrained=not trained,
         **_options.look_of(arguments),
     )
@@ -228,13 +231,14 @@ def _place(
 ) -> tuple[TokenPlace, int]:
     """The token that is meant, and the index that was asked for."""
     from vggt_adapter.steps import choose_token, layout_of
+    from vistvis.photos.photo import model_pixels
 
     if arguments.query is None:
         special = arguments.allow_special
         return choose_token(model, loaded, arguments.token, allow_special=special)
     token = arguments.query.index(
         layout_of(model, loaded),
-        to_model=lambda frame, x, y: loaded.geometries[frame].model_pixel(x, y),
+        to_model=model_pixels(loaded.seen),
     )
     return choose_token(model, loaded, token, allow_special=True)
 
@@ -261,7 +265,8 @@ def _next(answer: Answer, arguments: argparse.Namespace) -> str:
     (head,) = {values.head for values in answer.values.values()}
     other = "--norm log" if head == "mean" else "--head mean"
     model = "" if arguments.model == TINY else f"--model {arguments.model}"
-    words = ["vistvis demo", *map(shlex.quote, arguments.images), model, query, other]
+    every = f"--every {arguments.every}" if arguments.every else ""
+    words = ["vistvis demo", *map(shlex.quote, arguments.images), every, model, query, other]
     return " ".join(filter(None, words))
 
 
@@ -278,7 +283,7 @@ def report(answer: Answer, loaded: LoadedImages, name: str, *, trained: bool) ->
     lines += [
         f"pictures  {layout.frames} of {width}×{height} pixels: {layout.grid[0]}×"
         f"{layout.grid[1]} patches + {layout.num_special} special tokens each",
-        f"query     {first.query}, in {Path(loaded.paths[first.query.frame_idx]).name}",
+        f"query     {first.query}, in {loaded.photos[first.query.frame_idx].name}",
     ]
     for kind, values in answer.values.items():
         block = answer.result["block_idx"]

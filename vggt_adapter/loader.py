@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from vggt_adapter.blocks import find_blocks, watched_part
 from vggt_adapter.steps import load_model, load_pictures
 from vistvis.models.loading import LoadedModel
+from vistvis.photos.photo import Photo
 
 
 def load(
-    model: str, *, device: str | None, dtype: str | None, images: Sequence[Path], size: int | None
+    model: str, *, device: str | None, dtype: str | None, images: Sequence[Photo], size: int | None
 ) -> LoadedModel:
     """The loader of the entry-point group "vistvis.models"; `model` as in `load_model`."""
     ready = load_model(model, device=device, dtype=dtype)
-    pictures = load_pictures(list(images), ready, size=size).images.unsqueeze(0)
+    loaded = load_pictures(images, ready, size=size)
+    pictures = loaded.images.unsqueeze(0)
     watched = watched_part(ready)
     return LoadedModel(
         model=ready,
         images=pictures.to(next(ready.parameters())),
         pictures=pictures,
         watched=watched,
+        photos=loaded.seen,
+        sharp_pixels=loaded.sharp_pixels,
         names={block.path: block.name for block in find_blocks(watched)},
     )

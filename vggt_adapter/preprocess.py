@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -21,20 +21,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vggt_adapter.config import IMAGE_SIZE, PATCH_SIZE
-from vggt_adapter.geometry import Fit, ImageGeometry
+from vggt_adapter.geometry import Fit
 from vistvis.errors import InputError
 from vistvis.files import PathLike
 from vistvis.images import open_photo
+from vistvis.photos.geometry import ImageGeometry
+from vistvis.photos.photo import Photo, SeenPhoto
+from vistvis.photos.reading import read_photos, sharp_scale
 from vistvis.tokens import TokenLayout
 
 if TYPE_CHECKING:
     from PIL import Image
 
-EXIF_ORIENTATION = 0x0112
-# Figures show pictures at least this wide.
-SHARP_WIDTH = 500
-
-PathLikes: TypeAlias = "PathLike | Iterable[PathLike]"
+PathLikes: TypeAlias = "PathLike | Photo | Iterable[PathLike | Photo]"
 Bytes: TypeAlias = NDArray[np.uint8]
 
 
@@ -48,16 +47,29 @@ class LoadedImages:
         (S, 3, H, W), float32 in [0, 1].
     geometries
         One `ImageGeometry` for each.
-    paths
-        The files, in the same order.
+    photos
+        What each was read from: its file, its name, its time in a video.
     sharp_pixels
         What `sharp` gives, as bytes. At most 3 MB a photo.
     """
 
     images: Tensor
     geometries: tuple[ImageGeometry, ...]
-    paths: tuple[Path, ...]
+    photos: tuple[Photo, ...]
     sharp_pixels: Bytes | None = field(default=None, repr=False)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files, in the same order."""
+        return tuple(photo.path for photo in self.photos)
+
+    @property
+    def seen(self) -> tuple[SeenPhoto, ...]:
+        """Name, time and geometry of each photo, as runs keep them."""
+        return tuple(
+            SeenPhoto(photo.name, photo.time, geometry)
+            for photo, geometry in zip(self.photos, self.geometries, strict=True)
+        )
 
     def sharp(self) -> NDArray[np.float32] | None:
         """The same views with more pixels, `(S, k·H, k·W, 3)` in [0, 1], for figures.
@@ -105,6 +117,8 @@ def load_images(
 
     Parameters
     ----------
+    paths
+        Files, or what `vistvis.photos.finding.find_photos` gives of folders, globs and videos.
     mode
         "crop": `size` wide, the height follows; what is higher than `size` is cut off at top and
         bottom, equally. "pad": the longest side `size`, and white around it, to a square.
@@ -118,20 +132,24 @@ def load_images(
     white to the largest, with a `VistvisWarning`. InputError if there is no path, the mode or size
     is none, or a file cannot be read as a picture.
     """
-    files, fit = _files(paths), Fit(mode, size, patch_size)
-    for file in files:  # a missing file at the end fails before the others cost time
-        with open_photo(file):
-            pass
+    photos, fit = _photos(paths), Fit(mode, size, patch_size)
+    for photo in photos:  # a missing file at the end fails before the others cost time
+        if photo.stamp is None:
+            with open_photo(photo.path):
+                pass
     # Twice the size of the model's pictures, three times, …: the same view, pixel in pixel.
-    scales = (1, -(-SHARP_WIDTH // size)) if size < SHARP_WIDTH else (1,)
-    read = [_read(file, fit, scales, exif=exif) for file in files]
+    scales = tuple(sorted({1, sharp_scale(size)}))
+    read = [
+        _resized(photo, picture, fit, scales)
+        for photo, picture in zip(photos, read_photos(photos, exif=exif), strict=True)
+    ]
     geometries = fit.together([photo_size for photo_size, _ in read])
     small, *sharp = (
         _on_canvas([resized[number] for _, resized in read], geometries, scale)
         for number, scale in enumerate(scales)
     )
     images = rearrange(torch.from_numpy(small), "s h w c -> s c h w").contiguous().float() / 255
-    return LoadedImages(images, geometries, files, *sharp)
+    return LoadedImages(images, geometries, photos, *sharp)
 
 
 def _on_canvas(photos: Sequence[Bytes], geometries: Sequence[ImageGeometry], scale: int) -> Bytes:
@@ -149,70 +167,39 @@ def _on_canvas(photos: Sequence[Bytes], geometries: Sequence[ImageGeometry], sca
 # -- files -----------------------------------------------------------------------------------------
 
 
-def _files(paths: PathLikes) -> tuple[Path, ...]:
-    if isinstance(paths, (str, os.PathLike)):
+def _photos(paths: PathLikes) -> tuple[Photo, ...]:
+    if isinstance(paths, (str, os.PathLike, Photo)):
         paths = [paths]
     try:
-        files = tuple(Path(os.fspath(path)) for path in paths)
+        photos = tuple(
+            path if isinstance(path, Photo) else Photo(Path(path), Path(path).name)
+            for path in paths
+        )
     except TypeError as error:
         raise InputError(
             f"paths must be file names, got {paths!r}; for pictures in memory stack them to "
             "(S, 3, H, W) in [0, 1] and resize both sides to multiples of 14"
         ) from error
-    if not files:
+    if not photos:
         raise InputError("at least one image is needed, got an empty list; give its path")
-    return files
+    return photos
 
 
-def _read(
-    file: Path, fit: Fit, scales: Sequence[int], *, exif: bool
+def _resized(
+    photo: Photo, picture: Image.Image, fit: Fit, scales: Sequence[int]
 ) -> tuple[tuple[int, int], list[Bytes]]:
-    """The upright photo's (width, height), and it on white, (h, w, 3), at each scale."""
-    from PIL import Image, ImageOps
-
-    with open_photo(file) as picture:
-        picture.verify()  # PNG has checksums, which decoding the pixels would pass over
-    with open_photo(file) as picture:
-        picture.load()
-        upright: Image.Image = picture
-        if exif and _orientation(picture) != 1:
-            upright = ImageOps.exif_transpose(picture)
-        height, width = fit.alone(*upright.size).resized_size
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit and height * width * max(scales) ** 2 > limit:
-            # A photo is resized before it is cut: a very long one would need gigabytes for that.
-            raise InputError(
-                f"{str(file)!r} is too long to be resized to a width of {width}: "
-                f"{upright.width}×{upright.height} pixels; cut it first, or use mode='pad'"
-            )
-        photo = _on_white(upright)
-        return upright.size, [
-            np.asarray(photo.resize((k * width, k * height), Image.Resampling.BICUBIC))
-            for k in scales
-        ]
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
-    """RGB; transparency blended onto white."""
+    """The upright photo's (width, height), and it, (h, w, 3), at each scale."""
     from PIL import Image
 
-    if picture.mode.startswith("I;16") or picture.mode == "I":
-        # PIL would clip at 255 and make almost everything white.
-        values = np.asarray(picture).astype(np.int64)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError("32-bit integer pixels; save it with 8 or 16 bits")
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        raise ValueError("floating-point pixels have no known white; save it with 8 or 16 bits")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
-
-
-def _orientation(picture: Image.Image) -> Any:
-    try:
-        return picture.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # a damaged tag says nothing about the pixels
-        return 1
+    height, width = fit.alone(*picture.size).resized_size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and height * width * max(scales) ** 2 > limit:
+        # A photo is resized before it is cut: a very long one would need gigabytes for that.
+        raise InputError(
+            f"{str(photo.path)!r} is too long to be resized to a width of {width}: "
+            f"{picture.width}×{picture.height} pixels; cut it first, or use mode='pad'"
+        )
+    return picture.size, [
+        np.asarray(picture.resize((k * width, k * height), Image.Resampling.BICUBIC))
+        for k in scales
+    ]

@@ -27,6 +27,7 @@ from vistvis.devices import device_of, dtype_of
 from vistvis.errors import InputError
 from vistvis.files import PathLike, atomic_file
 from vistvis.models.sites import find_sites
+from vistvis.photos.photo import Photo
 from vistvis.progress import progress
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def suggested(model: nn.Module, name: str, otherwise: Any) -> Any:
 
 
 def load_pictures(
-    paths: Sequence[PathLike] | None,
+    paths: Sequence[PathLike | Photo] | None,
     model: nn.Module,
     *,
     size: int | None = None,

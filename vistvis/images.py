@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib
 import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 # What cameras and pages give; Pillow knows many more, some of which are programs (EPS, PDF).
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 
+# How their files begin, and those of HEIC, which only pillow-heif reads.
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"GIF8")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
 # Resampling overshoots, so that a picture in 0…1 may reach a little beyond; one in 0…255 whose
 # largest value is this small would be black.
 _LARGEST_UNIT = 2.0
@@ -32,20 +37,38 @@ _BELOW_ZERO = -0.5
 _LARGEST_BYTE = 320.0
 
 
+def extra(module: str, name: str, what: str) -> Any:
+    """A module of the optional dependencies `name`; InputError that says how it is had.
+
+    `what` begins the message: "x.heic: HEIC".
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"{what} needs one more package: pip install 'vistvis[{name}]'") from error
+
+
 @contextlib.contextmanager
 def open_photo(path: PathLike) -> Iterator[Image.Image]:
-    """A photo as Pillow opens it, without its pixels yet; a file of `PHOTO_FORMATS`.
+    """A photo as Pillow opens it, without its pixels yet; a file of `PHOTO_FORMATS`, or HEIC.
 
-    InputError if there is no such file, it is of another format, or has more pixels than Pillow
-    takes (`PIL.Image.MAX_IMAGE_PIXELS`, twice); also for what goes wrong in the block, where the
-    pixels are decoded.
+    HEIC needs the extra `heic`, and comes upright and decoded. InputError if there is no such file,
+    it is of another format, or has more pixels than Pillow takes (`PIL.Image.MAX_IMAGE_PIXELS`,
+    twice); also for what goes wrong in the block, where the pixels are decoded.
     """
     from PIL import Image, UnidentifiedImageError
 
     file = repr(str(path))
     try:
-        with regular_file(path) as stream, Image.open(stream, formats=PHOTO_FORMATS) as picture:
-            yield picture
+        with regular_file(path) as stream:
+            start = stream.read(12)
+            stream.seek(0)
+            if is_heic(start):
+                heif = extra("pillow_heif", "heic", f"{file}: HEIC")
+                yield heif.open_heif(stream).to_pillow()
+                return
+            with Image.open(stream, formats=PHOTO_FORMATS) as picture:
+                yield picture
     except (MemoryError, InputError):
         raise
     except StoreError as error:
@@ -56,15 +79,23 @@ def open_photo(path: PathLike) -> Iterator[Image.Image]:
             "raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except UnidentifiedImageError as error:
-        raise InputError(
-            f"{file} can't be read as a picture: it is no {', '.join(PHOTO_FORMATS)}, or damaged; "
-            "save it as one of these"
-        ) from error
+        if start.startswith(_BEGINNINGS):
+            reason = "it begins as one and is damaged or cut short; save it again"
+        elif start:
+            reason = f"it is no {', '.join(PHOTO_FORMATS)} or HEIC; save it as one of these"
+        else:
+            reason = "it is empty"
+        raise InputError(f"{file} can't be read as a picture: {reason}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib.error, …
         raise InputError(
             f"{file} can't be read as a picture ({type(error).__name__}: {error}); it may be "
             "damaged or cut short: open it in a viewer, or save it again"
         ) from error
+
+
+def is_heic(start: bytes) -> bool:
+    """Whether a file that starts so is HEIC or HEIF."""
+    return start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS
 
 
 def to_rgb(images: Values) -> NDArray[np.uint8]:

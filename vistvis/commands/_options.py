@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vistvis.errors import CheckpointError, InputError, VistvisError
+from vistvis.names import harmless
 from vistvis.queries import TokenQuery, parse_query
 
 if TYPE_CHECKING:
     from vistvis.models.loading import LoadedModel
+    from vistvis.photos.photo import Photo, SeenPhoto
 
 # As `views.painting`, `devices` and `views.figures` have them, which are slow to import.
 NORMS = ("auto", "linear", "log", "percentile")
@@ -131,6 +133,15 @@ def device(text: str) -> str:
 
 
 @typed
+def every(text: str) -> str:
+    """How often a frame of a video is taken."""
+    from vistvis.photos.video import Every
+
+    Every.read(text)
+    return text
+
+
+@typed
 def formats(text: str) -> tuple[str, ...]:
     """Formats of files, separated by commas, each once."""
     chosen = tuple(dict.fromkeys(part.strip().lower().lstrip(".") for part in text.split(",")))
@@ -166,6 +177,12 @@ def add_alias(parser: Any, *names: str, dest: str, **options: Any) -> None:
     parser.add_argument(
         *names, dest=dest, help=argparse.SUPPRESS, default=argparse.SUPPRESS, **options
     )
+
+
+def add_every(parser: Any) -> None:
+    """`--every`, of videos; beside pictures that `photos_of` reads."""
+    text = "frames of a video: each 0.5s or each 10f (default: 8, spread evenly)"
+    parser.add_argument("--every", type=every, metavar="STEP", help=text)
 
 
 def add_model(parser: Any, *, default: str, what: str) -> None:
@@ -241,18 +258,25 @@ def is_run(text: str) -> bool:
         return False
 
 
-def checked_photos(texts: Sequence[str]) -> list[str]:
-    """Photographs that are there; InputError for what is none, before a model is loaded."""
+def photos_of(texts: Sequence[str], arguments: argparse.Namespace) -> list[Photo]:
+    """The photos that are meant, judged before a model is loaded; prints what is to be told."""
+    from vistvis.photos.finding import find_photos
+
     for text in texts:
-        if re.match(r"https?://", text):
-            raise InputError(f"{text} is an address, and files are meant: download it first")
-        if is_run(text):
+        if "://" not in text and is_run(text):
             raise InputError(f"{text} is a stored run, and photographs are meant; see vistvis info")
-        if Path(text).is_dir():
-            raise InputError(f"{text} is a folder; name the photographs in it, as in {text}/*.jpg")
-        if not Path(text).is_file():
-            raise InputError(f"no photograph {text}: there is no such file; check its path")
-    return list(texts)
+    photos, lines = find_photos(texts, every=arguments.every)
+    for line in lines:
+        print(harmless(line))
+    return photos
+
+
+def say_crops(photos: Sequence[SeenPhoto]) -> None:
+    """Print what the model does not see of its photos."""
+    from vistvis.photos.photo import crop_lines
+
+    for line in crop_lines(photos):
+        print(harmless(line))
 
 
 def check_head(head: int | str, heads: int | None) -> None:
@@ -268,7 +292,7 @@ def check_size(size: int | None, patch: int) -> None:
         raise InputError(f"--size {size}: the model's patches are {patch} pixels wide; use {near}")
 
 
-def load(model: str, arguments: argparse.Namespace, photos: Sequence[str]) -> LoadedModel:
+def load(model: str, arguments: argparse.Namespace, photos: Sequence[Photo]) -> LoadedModel:
     """`models.loading.load` with the options of `add_place`."""
     from vistvis.models import loading
 

@@ -12,6 +12,8 @@ from vistvis.commands import _options
 from vistvis.errors import InputError
 
 if TYPE_CHECKING:
+    from vistvis.photos.photo import SeenPhoto
+    from vistvis.tokens import TokenLayout
     from vistvis.views.figures import NotebookFigure
 
 HELP = "draw one query's attention at all heads and sites of a model in one picture"
@@ -19,7 +21,9 @@ HELP = "draw one query's attention at all heads and sites of a model in one pict
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photographs, or a stored run")
+    text = "photographs, folders, globs, videos; or a stored run"
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help=text)
+    _options.add_every(parser)
     text = "for photographs: vggt:tiny, vggt:FILE, a timm name"
     parser.add_argument("-m", "--model", metavar="NAME", help=text)
     text = "which sites (default: all that can be read)"
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _options.add_format(parser)
     parser.epilog = (
         "examples:\n"
-        "  vistvis grid a.jpg b.jpg c.jpg --model vggt:tiny --query 0:r5,c8\n"
+        "  vistvis grid a.jpg b.jpg c.jpg --model vggt:tiny --query 0:120,80px\n"
         "  vistvis grid runs/scene --sites 'global_*' --head mean --out scene.pdf\n"
         "  vistvis grid photo.jpg --model vit_small_patch14_dinov2 --query cls --norm percentile"
     )
@@ -66,11 +70,6 @@ def _out(text: str) -> Path:
 def run(arguments: argparse.Namespace) -> int:
     """Draw, and print where."""
     query = arguments.query
-    if query is not None and query.pixel is not None:
-        raise InputError(
-            f"--query {query.text}: this command does not know which part of a photograph the "
-            "model saw; name the patch by its grid cell, as in 0:r5,c8"
-        )
     arguments.heads = "all" if "all" in arguments.head else arguments.head
     photos = arguments.photos
     stored = next((text for text in photos if _options.is_run(text)), None)
@@ -90,20 +89,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _of_run(arguments: argparse.Namespace) -> tuple[NotebookFigure, str]:
     """The picture of a stored run, and what to type next."""
+    from vistvis.photos.records import photos_of
     from vistvis.store import open_run
     from vistvis.views.plot import plot
 
     with open_run(arguments.photos[0]) as stored:
         _check_heads(arguments, [stored.record(name).shape[1] for name in stored])
-        shape, pictures = stored.image_shape or (), stored.metadata.get("pictures") or []
-        fits = len(shape) > 3 and shape[-4] == len(pictures)
+        seen: Sequence[SeenPhoto] = ()
+        if stored.layout:
+            seen = _scene(photos_of(stored.metadata), stored.layout, arguments.batch)
         figure = plot(
             stored,
-            arguments.query and arguments.query.text,
+            _asked(arguments, stored.layout, seen),
             sites=arguments.sites,
             heads=arguments.heads,
             batch=arguments.batch,
-            names=[Path(str(name)).name for name in pictures] if fits else None,
+            names=[photo.name for photo in seen] or None,
             width=arguments.width,
             **_options.look_of(arguments),
         )
@@ -125,14 +126,16 @@ def _of_photos(arguments: argparse.Namespace) -> tuple[NotebookFigure, str]:
     from vistvis.views.maps import pictures_of, scene_of
     from vistvis.views.plot import Gathered, Look, model_title
 
-    photos, model = _options.checked_photos(arguments.photos), arguments.model
+    photos, model = _options.photos_of(arguments.photos, arguments), arguments.model
     if not model:
         raise InputError("photographs need a model that sees them: --model vggt:tiny, or a run")
     loaded = _options.load(model, arguments, photos)
     sites = loaded.sites(arguments.sites)
     _check_heads(arguments, [site.heads for site in sites])
     layout = TokenLayout.from_model(loaded.model, loaded.images)
-    query = arguments.query and arguments.query.text
+    seen = _scene(loaded.photos, layout, arguments.batch)
+    _options.say_crops(seen)
+    query = _asked(arguments, layout, seen)
     gathered = Gathered(scene_of(layout, query, batch=arguments.batch))
     pictures = pictures_of(loaded.pictures, gathered.scene)
     bar = progress(None, "attention", unit="site", total=len(sites), shown=None)
@@ -144,14 +147,32 @@ def _of_photos(arguments: argparse.Namespace) -> tuple[NotebookFigure, str]:
     watching = capture(loaded.watched, sites.names, sink=sink, names=loaded.names)
     with bar, watching, torch.no_grad():
         loaded.model(loaded.images)
-    seen = photos if len(photos) == layout.frames else [photos[arguments.batch]]
     look: dict[str, Any] = _options.look_of(arguments)
-    names = [Path(photo).name for photo in seen] if len(seen) == layout.frames else None
+    names = [photo.name for photo in seen] or None
     title = model_title(model)
     look |= {"heads": arguments.heads, "names": names, "width": arguments.width, "title": title}
     figure = gathered.draw(pictures, Look(**look))
     more = f"vistvis store PHOTO … --model {model} --out RUN; then vistvis grid RUN"
     return figure, f"{more}   (other queries without the model)"
+
+
+def _scene(photos: Sequence[SeenPhoto], layout: TokenLayout, batch: int) -> Sequence[SeenPhoto]:
+    """The photos of one scene, of those of all; none where they are not said."""
+    if photos and not batch < len(photos) // layout.frames:
+        raise InputError(f"--batch {batch} is outside 0…{len(photos) // layout.frames - 1}")
+    return photos[batch * layout.frames : (batch + 1) * layout.frames]
+
+
+def _asked(
+    arguments: argparse.Namespace, layout: TokenLayout | None, seen: Sequence[SeenPhoto]
+) -> int | str | None:
+    """The query as views take it, whose pixels count in the model's picture: these in a photo."""
+    from vistvis.photos.photo import model_pixels
+
+    query = arguments.query
+    if query is None or query.pixel is None or layout is None:
+        return query and str(query.text)
+    return int(query.index(layout, to_model=model_pixels(seen)))
 
 
 def _check_heads(arguments: argparse.Namespace, counts: Sequence[int | None]) -> None:

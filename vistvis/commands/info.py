@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vistvis.names import harmless
+from vistvis.errors import InputError
+from vistvis.names import few, harmless
 
 if TYPE_CHECKING:
     from vistvis.store import Run
@@ -104,7 +106,7 @@ def lines(stored: Run, *, checked: bool) -> list[str]:
         ("layout", str(stored.layout) if stored.layout else "not said"),
         ("images", " × ".join(map(str, images)) if images else "none"),
         ("size", f"{bytes_text(stored.nbytes)} (dense float16 would take {bytes_text(dense)})"),
-        *((key, str(value)) for key, value in stored.metadata.items() if value is not None),
+        *((key, _told(key, value)) for key, value in stored.metadata.items() if value is not None),
         ("state", _state(stored, checked=checked)),
     ]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
@@ -118,6 +120,16 @@ def lines(stored: Run, *, checked: bool) -> list[str]:
         *(f"{harmless(name)}  DAMAGED: {harmless(text)}" for name, text in damaged.items()),
         *(f"DAMAGED: {harmless(text)}" for text in others),
     ]
+
+
+def _told(key: str, value: Any) -> str:
+    """An entry of the metadata; of photos their names."""
+    from vistvis.photos.records import KEY, photos_of
+
+    with contextlib.suppress(InputError):  # what is no list of photos is shown as it is
+        if key == KEY:
+            return few([photo.name for photo in photos_of({key: value})])
+    return str(value)
 
 
 def _state(stored: Run, *, checked: bool) -> str:

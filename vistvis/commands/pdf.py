@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vistvis.errors import InputError
+from vistvis.commands import _options
 
 HELP = "gather overlays into PDF pages, layers × heads"
 
@@ -28,14 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="paper, as many pages as needed; or a single page as large as the table (default A4)",
     )
     parser.add_argument(
-        "--dpi", type=int, default=300, help="make larger pictures smaller (default 300)"
+        "--dpi", type=_options.size, default=300, help="make larger pictures smaller (default 300)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the pages, and print where."""
-    if arguments.dpi < 1:
-        raise InputError(f"--dpi is positive, got {arguments.dpi}")
     from vistvis.views.pdf import plot_attention_for_reconstruction
 
     made = plot_attention_for_reconstruction(arguments.folder, arguments.dpi, page=arguments.page)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from vistvis.commands._options import DTYPES
+from vistvis.commands import _options
 
 HELP = "run a model over pictures and store the queries and keys of its attention"
 
@@ -12,8 +13,8 @@ _EXAMPLES = """\
 examples:
   vistvis store a.jpg b.jpg c.jpg --model vggt:tiny --out runs/scene
       every block of the bundled small VGGT
-  vistvis store *.jpg --model vggt:facebook/VGGT-1B --sites 'global_block_*' --out runs/scene
-      the global blocks of the published model
+  vistvis store clip.mp4 --every 1s -m vggt:facebook/VGGT-1B --sites 'global_*' --out runs/clip
+      the global blocks of the published model, a frame each second
   vistvis store photo.jpg --model vit_small_patch14_dinov2 --out s3://bucket/photo
       a model of timm, to an fsspec URL
 
@@ -25,22 +26,28 @@ at the end, at once.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `vistvis store`."""
     parser.epilog = _EXAMPLES
-    parser.add_argument("images", nargs="+", metavar="PHOTO", help="what the model is to see")
+    text = "what the model is to see: photographs, folders, globs, videos"
+    parser.add_argument("images", nargs="+", metavar="PHOTO", help=text)
+    _options.add_every(parser)
     parser.add_argument(
-        "--model",
+        *("-m", "--model"),
         required=True,
         metavar="NAME",
         help="a timm name (NAME@random: untrained, NAME@FILE: a checkpoint), or vggt:tiny, "
         "vggt:facebook/VGGT-1B, vggt:FILE",
     )
-    parser.add_argument("--out", required=True, metavar="RUN", help="a folder or fsspec URL")
+    text = "a folder or fsspec URL"
+    parser.add_argument("-o", "--out", type=_out, required=True, metavar="RUN", help=text)
     parser.add_argument(
         "--sites", nargs="+", metavar="GLOB", help="which sites (default: all that can be read)"
     )
-    parser.add_argument("--size", type=int, help="pixels of the pictures' width (default: model's)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")
+    _options.add_place(parser)
     parser.add_argument("--anew", action="store_true", help="don't go on with an unfinished run")
+
+
+def _out(text: str) -> str | Path:
+    """A run's folder, judged, or its URL."""
+    return text if "://" in text else _options.folder(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,19 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     from vistvis.attention import Attention
     from vistvis.hooks.capture import capture
-    from vistvis.models.loading import load
     from vistvis.names import harmless
+    from vistvis.photos.records import photos_metadata
     from vistvis.progress import progress
     from vistvis.store import RunWriter, check_target, open_run, pass_id_of
 
     check_target(arguments.out)  # before a model is loaded for nothing
-    loaded = load(
-        arguments.model,
-        images=arguments.images,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        size=arguments.size,
-    )
+    photos = _options.photos_of(arguments.images, arguments)
+    loaded = _options.load(arguments.model, arguments, photos)
+    _options.say_crops(loaded.photos)
     names = loaded.sites(arguments.sites).names
     pass_id = pass_id_of(
         loaded.model,
@@ -75,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         expected=names,
         images=loaded.pictures,
         model=arguments.model,
-        metadata={"pictures": [str(path) for path in arguments.images], "dtype": arguments.dtype},
+        metadata={"dtype": arguments.dtype, **photos_metadata(loaded.photos)},
         pass_id=pass_id,
         resume=not arguments.anew,
     ) as writer:

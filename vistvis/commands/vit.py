@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vistvis.commands import _options
 from vistvis.errors import InputError, LayoutError, SiteError
-from vistvis.queries import Pixel, TokenQuery, parse_query
+from vistvis.queries import TokenQuery, parse_query
 
 if TYPE_CHECKING:
     from vistvis import Attention, TokenLayout
@@ -37,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.epilog = _EXAMPLES
     add = parser.add_argument
-    add("photo", metavar="PHOTO", help="a picture")
+    add("photo", metavar="PHOTO", help="a picture; or a video, of which --every takes one frame")
+    _options.add_every(parser)
     names = "of timm; NAME@random: untrained, NAME@FILE: a checkpoint"
     _options.add_model(parser, default=DEFAULT, what=names)
     add("-w", "--weights", help=argparse.SUPPRESS)
@@ -68,16 +68,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the model, draw, print what was found."""
     from vistvis.models.sites import find_sites
 
-    (photo,) = _options.checked_photos([arguments.photo])
+    photos = _options.photos_of([arguments.photo], arguments)
+    if len(photos) > 1:
+        raise InputError(
+            f"{arguments.photo} has {len(photos)} pictures, and this command shows one: name it; "
+            "of several, vistvis grid shows each with --batch"
+        )
     name = _model(arguments)
-    loaded = _options.load(name, arguments, [photo])
+    loaded = _options.load(name, arguments, photos)
     sites = find_sites(loaded.model)
     if arguments.sites == []:
         print(sites)
         return 0
     names = loaded.sites(arguments.sites).names if arguments.sites else [_last(sites, arguments)]
     layout = _layout(loaded, arguments.size)
-    token = _token(arguments, loaded, layout, photo)
+    _options.say_crops(loaded.photos)
+    asked = arguments.query or parse_query("cls")
+    token = asked.index(layout, to_model=loaded.to_model())
     for site in (site for site in sites if site.name in names):
         for head in arguments.head:
             _options.check_head(head, site.heads)
@@ -139,7 +146,7 @@ def _draw(
         maps,
         title=f"{model.partition('@')[0]}, {site}, query: {place.kind} (token {token})",
         names=labels,
-        photo=Path(arguments.photo).name,
+        photo=loaded.photos[0].name,
         box=place.box,
         untrained=model.endswith("@random"),
         **look,
@@ -204,52 +211,6 @@ def _layout(loaded: LoadedModel, size: int | None) -> TokenLayout:
     if patch is not None:
         _options.check_size(size, int(patch[0]))
     return TokenLayout.from_model(loaded.model, loaded.images)
-
-
-def _token(
-    arguments: argparse.Namespace, loaded: LoadedModel, layout: TokenLayout, photo: str
-) -> int:
-    """The index of the query's token."""
-    asked = arguments.query or parse_query("cls")
-    to_model = None if asked.pixel is None else _cut(photo, loaded)
-    return int(asked.index(layout, to_model=to_model))
-
-
-def _cut(photo: str, loaded: LoadedModel) -> Callable[[int, float, float], Pixel]:
-    """From a photo's pixels to the model's: timm resizes a photo and takes the middle of it."""
-    import timm.data
-    from PIL import Image
-    from torchvision.transforms import CenterCrop, Resize
-
-    data: Any = timm.data
-    high, wide = loaded.images.shape[-2:]
-    config = data.resolve_model_data_config(loaded.model) | {"input_size": (3, high, wide)}
-    resize, crop, *_ = data.create_transform(**config, is_training=False).transforms
-    if not isinstance(resize, Resize) or not isinstance(crop, CenterCrop):
-        raise InputError(
-            "how this model cuts photos is not known; name a cell, as in --query r3,c5"
-        )
-    with Image.open(photo) as picture:
-        width, height = picture.size
-    if isinstance(resize.size, int):
-        shorter = min(width, height)
-        new_height, new_width = (int(resize.size * n / shorter) for n in (height, width))
-    else:
-        new_height, new_width = resize.size
-    top, left = round((new_height - high) / 2), round((new_width - wide) / 2)
-
-    def model_pixel(_: int, x: float, y: float) -> Pixel:
-        if not (0 <= x < width and 0 <= y < height):
-            raise InputError(f"pixel {x:g},{y:g} is outside the photo of {width}×{height} pixels")
-        across = (x + 0.5) * new_width / width - 0.5 - left
-        down = (y + 0.5) * new_height / height - 0.5 - top
-        if not (-0.5 <= across < wide - 0.5 and -0.5 <= down < high - 0.5):
-            raise InputError(
-                f"pixel {x:g},{y:g} was cut away: the model sees the middle of the photo"
-            )
-        return max(across, 0.0), max(down, 0.0)
-
-    return model_pixel
 
 
 def _heads(asked: list[int | str], count: int) -> list[int | str]:

@@ -2,7 +2,7 @@
 
 A front end brings a loader in the entry-point group "vistvis.models":
 
-    load(model: str, *, device: str | None, dtype: str | None, images: list[Path],
+    load(model: str, *, device: str | None, dtype: str | None, images: list[Photo],
          size: int | None) -> LoadedModel
 
 and is named before a colon, as in `vggt:tiny`; without one the name is timm's.
@@ -10,21 +10,29 @@ and is named before a colon, as in `vggt:tiny`; without one the name is timm's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vistvis.devices import device_of, dtype_of
 from vistvis.errors import CheckpointError, InputError
-from vistvis.files import checked_path
-from vistvis.images import open_photo
+from vistvis.files import PathLike
 from vistvis.models.sites import Chooser, SiteList, choose_sites, find_sites
 from vistvis.names import nearest
+from vistvis.photos.finding import find_photos
+from vistvis.photos.geometry import ImageGeometry
+from vistvis.photos.photo import Photo, SeenPhoto, model_pixels
+from vistvis.photos.reading import read_photos, seen_part, sharp_scale
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 GROUP = "vistvis.models"
 
@@ -37,22 +45,45 @@ class LoadedModel:
     images: Tensor  # what the model takes
     pictures: Tensor  # (B, S, 3, H, W) in [0, 1]: the same before the model's normalisation
     watched: nn.Module  # the part whose sites count; the model itself, usually
-    names: Mapping[str, str] = field(default_factory=dict)  # as `capture` takes them
+    photos: tuple[SeenPhoto, ...] = ()  # B·S: their names, and where their pixels went
+    sharp_pixels: NDArray[np.uint8] | None = None  # what `sharp` gives, as bytes
+    names: Mapping[str, str] = field(default_factory=dict)  # of sites, as `capture` takes them
 
     def sites(self, chooser: Chooser = None) -> SiteList:
         """The chosen sites under their names, in the order in which they run."""
         return choose_sites(find_sites(self.watched).named(self.names), chooser)
 
+    def sharp(self) -> NDArray[np.float32] | None:
+        """The pictures with more pixels, `(B·S, k·H, k·W, 3)` in [0, 1], for figures.
+
+        None where the model's own are at least 500 wide.
+        """
+        if self.sharp_pixels is None:
+            return None
+        return self.sharp_pixels.astype(np.float32) / np.float32(255)
+
+    def to_model(self, batch: int = 0) -> Callable[[int, float, float], tuple[float, float]]:
+        """For `TokenQuery.index`: from a frame's pixel in the photo to that in the model's picture.
+
+        InputErrors as of `model_pixels`.
+        """
+        frames = self.pictures.shape[1]
+        return model_pixels(self.photos[batch * frames : (batch + 1) * frames])
+
 
 def load(
     name: str,
     *,
-    images: Sequence[str | Path],
+    images: Sequence[PathLike | Photo],
     device: str | None = None,
     dtype: str | None = None,
     size: int | None = None,
 ) -> LoadedModel:
-    """The model that `name` means, with pictures; `InputError` if one of them is not there."""
+    """The model that `name` means, with pictures; `InputError` if one of them is not there.
+
+    `images` are files, folders, globs or videos, as `photos.finding.find_photos` takes them, or
+    what it gives.
+    """
     loader, colon, model = name.partition(":")
     loaders = {entry.name: entry.load for entry in metadata.entry_points(group=GROUP)}
     loaders["timm"] = lambda: load_timm
@@ -63,24 +94,32 @@ def load(
             f"no model {name!r}: a model is a timm name, or one of a front end as "
             f"{', '.join(f'{one}:NAME' for one in sorted(loaders))}"
         )
-    files = [checked_path(file) for file in images]
-    for file in files:  # before the model, which may take long
-        with open_photo(file):
-            pass
+    photos: list[Photo] = []
+    for image in images:  # before the model, which may take long
+        photos += [image] if isinstance(image, Photo) else find_photos(image)[0]
     loaded: LoadedModel = loaders[loader]()(
-        model, device=device, dtype=dtype, images=files, size=size
+        model, device=device, dtype=dtype, images=photos, size=size
     )
     return loaded
 
 
 def load_timm(
-    model: str, *, device: str | None, dtype: str | None, images: Sequence[Path], size: int | None
+    model: str, *, device: str | None, dtype: str | None, images: Sequence[Photo], size: int | None
 ) -> LoadedModel:
     """A timm model: `NAME`, `NAME@random` for untrained weights, `NAME@FILE` for a checkpoint."""
     place, number = device_of(device), dtype_of(dtype or "float32")
     made = _timm_model(model, size).to(device=place, dtype=number)
-    batch, pictures = _timm_pictures(made, images, size)
-    return LoadedModel(made, batch.to(device=place, dtype=number), pictures, watched=made)
+    config = _timm_config(made, size)
+    batch, seen, sharp = _timm_pictures(config, images)
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return LoadedModel(
+        model=made,
+        images=batch.to(device=place, dtype=number),
+        pictures=(batch * std + mean).clamp(0, 1).unsqueeze(1),
+        watched=made,
+        photos=seen,
+        sharp_pixels=sharp,
+    )
 
 
 def _timm_model(model: str, size: int | None) -> nn.Module:
@@ -110,21 +149,54 @@ def _timm_model(model: str, size: int | None) -> nn.Module:
     return made
 
 
-def _timm_pictures(
-    model: nn.Module, files: Sequence[Path], size: int | None
-) -> tuple[Tensor, Tensor]:
-    """Pictures as the model takes them `(B, 3, H, W)`, and before its normalisation."""
+def _timm_config(model: nn.Module, size: int | None) -> dict[str, Any]:
     import timm.data
 
     data: Any = timm.data  # without types of its own
-    config = data.resolve_model_data_config(model)
-    if size is not None:
-        config["input_size"] = (3, size, size)
+    config: dict[str, Any] = data.resolve_model_data_config(model)
+    return config if size is None else config | {"input_size": (3, size, size)}
+
+
+def _timm_pictures(
+    config: Mapping[str, Any], photos: Sequence[Photo]
+) -> tuple[Tensor, tuple[SeenPhoto, ...], NDArray[np.uint8] | None]:
+    """Pictures as the model takes them `(B, 3, H, W)`, what each is, and sharper ones to draw."""
+    import timm.data
+
+    data: Any = timm.data
     transform = data.create_transform(**config, is_training=False)
-    tensors = []
-    for file in files:
-        with open_photo(file) as picture:
-            tensors.append(transform(picture.convert("RGB")))
-    batch = torch.stack(tensors)
-    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-    return batch, (batch * std + mean).clamp(0, 1).unsqueeze(1)
+    tensors, seen, sharp = [], [], []
+    for photo, picture in zip(photos, read_photos(photos), strict=True):
+        tensors.append(transform(picture))
+        height, width = tensors[-1].shape[-2:]
+        geometry = _timm_geometry(transform, picture, (height, width))
+        seen.append(SeenPhoto(photo.name, photo.time, geometry))
+        if geometry is not None and (scale := sharp_scale(width)) > 1:
+            sharp.append(seen_part(picture, geometry, scale))
+    return torch.stack(tensors), tuple(seen), np.stack(sharp) if sharp else None
+
+
+def _timm_geometry(
+    transform: Any, picture: Image.Image, size: tuple[int, int]
+) -> ImageGeometry | None:
+    """Where a picture's pixels go: it is resized, then its middle cut out, or borders added.
+
+    The size after resizing is what timm's own step gives. None for steps that are not these.
+    """
+    from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
+    from torchvision.transforms import CenterCrop, Resize
+
+    resize, crop, *rest = transform.transforms
+    known = isinstance(resize, (Resize, ResizeKeepRatio)) and isinstance(
+        crop, (CenterCrop, CenterCropOrPad)
+    )
+    if not known or any(isinstance(step, (Resize, ResizeKeepRatio)) for step in rest):
+        return None
+    width, height = resize(picture).size
+    # As torchvision's and timm's `center_crop`: half of the rest is rounded, to even where it ends
+    # in a half; of a border, it is rounded down.
+    top, left = (
+        (new - old) // 2 if old < new else -round((old - new) / 2)
+        for old, new in zip((height, width), size, strict=True)
+    )
+    return ImageGeometry(picture.size[::-1], (height, width), size, (top, left))
