@@ -164,7 +164,7 @@ def _frames(path: Path, stamps: Sequence[int]) -> Iterator[Image.Image]:
                 raise InputError(
                     f"{str(path)!r} has a frame that can't be decoded, at "
                     f"{float(stamp * video.time_base):.3f} s: it may be damaged or cut short; "
-                    "choose others with every, or save it again"
+                    "choose others with --every, or save it again"
                 )
             picture: Image.Image = frame.to_image()
             # How the camera was held; FFmpeg's angles turn against the clock, as Pillow's do.
