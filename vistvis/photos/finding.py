@@ -60,7 +60,7 @@ def find_photos(
     if not photos:
         raise InputError("at least one picture is needed, got none; give its path")
     if how and how.seconds and not any(photo.time is not None for photo in photos):
-        raise InputError("--every in seconds is for videos, not for photographs; leave it out")
+        raise InputError(
             "--every in seconds is for videos, and these are photographs; leave it out"
         )
     return photos, lines
