@@ -16,6 +16,7 @@ from torch import nn
 
 from vistvis import capture
 from vistvis.errors import CaptureError
+from vistvis.hooks.whose import Claim
 
 
 @pytest.fixture
@@ -195,3 +196,12 @@ def test_an_interrupt_leaves_nothing_that_works_on() -> None:
     left = {name: attempt() for name, attempt in tries(step=97)}
     assert len(left) > 100
     assert not any(left.values()), [what for what in left.items() if what[1]]
+
+
+def test_a_capture_whose_model_is_gone_is_nobodys_rival() -> None:
+    """Modules of a later model may lie where those of an earlier one lay."""
+    kept = []
+    for _ in range(20):
+        with ThreadPoolExecutor(1) as elsewhere:
+            kept.append(elsewhere.submit(Claim, Model()).result())
+        assert kept[-1].holds()  # in this thread, where none was opened

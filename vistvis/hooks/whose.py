@@ -25,7 +25,8 @@ class Claim:
     """What one capture may take for its own: passes of its thread, others if it is alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = {id(module) for module in model.modules()}
+        # Weakly: an id would soon be that of another model's module.
+        self._modules = weakref.WeakSet(model.modules())
         self._here = _Here()
         self._here.mine = True
         self.open = True
