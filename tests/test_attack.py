@@ -25,16 +25,20 @@ from vistvis.store import folders
 from vistvis.store.background import Background
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Forks can't go on with more; afterwards as many as other threads have, or these round
+    otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def some(attack: Attack, folder: Path, share: float, count: int = 1000) -> Outcome:
     """At most `count` cases of a small share of an attack."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # forks can't go on with more
     folder.mkdir(exist_ok=True)
-    cases = itertools.islice(attack(Setting(folder, share=share)), count)
-    try:
-        return carry_out(attack.__name__, cases)
-    finally:
-        torch.set_num_threads(threads)  # other threads have as many, or round otherwise
+    return carry_out(attack.__name__, itertools.islice(attack(Setting(folder, share=share)), count))
 
 
 PARTS = {
