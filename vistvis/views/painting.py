@@ -217,19 +217,6 @@ def lay_over(
     return laid
 
 
-def colourise(
-    values: Values, *, cmap: str | Colormap = CMAP, normalizer: Normalize | None = None
-) -> NDArray[np.uint8]:
-    """Colour of every value, `(..., H, W)` → uint8 `(..., H, W, 3)`.
-
-    Without a normalizer the values are taken as they are, 0 to 1. NaN gets the first colour.
-    """
-    array = as_array(values)
-    if normalizer is not None:
-        array = np.asarray(np.ma.filled(normalizer(array), 0.0), dtype=np.float32)
-    return colour_table(cmap).take(colour_indices(array), axis=0)
-
-
 def colour_indices(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Where in a colour table values from 0 to 1 lie: 256 equal steps."""
     steps = values * np.float32(_LEVELS)
