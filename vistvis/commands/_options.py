@@ -23,11 +23,14 @@ from vistvis.queries import TokenQuery, parse_query
 if TYPE_CHECKING:
     from vistvis.models.loading import LoadedModel
     from vistvis.photos.photo import Photo, SeenPhoto
+    from vistvis.views.figures import NotebookFigure
 
 # As `views.painting`, `devices` and `views.figures` have them, which are slow to import.
 NORMS = ("auto", "linear", "log", "percentile")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FORMATS = ("png", "svg", "pdf")
+# Behind the name of a file that was written.
+REPLACED = ", replaced what was there"
 # How long the hub of weights may take to answer.
 HUB_SECONDS = 4.0
 
@@ -169,6 +172,18 @@ def folder(text: str) -> Path:
     return chosen
 
 
+@typed
+def movie(text: str) -> Path:
+    """A movie's file, in a folder that can be written."""
+    from vistvis.views.movie import check_movie
+
+    path = check_movie(Path(text).expanduser())
+    folder(str(path.parent))
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and a file is meant; choose another name")
+    return path
+
+
 # -- options ---------------------------------------------------------------------------------------
 
 
@@ -197,6 +212,18 @@ def add_query(
     """`--query`, a token; `read` takes what the command understood before there was a grammar."""
     text = f"{default}; 0:120,80px 0:r13,c15 0:middle cls …: vistvis help queries"
     parser.add_argument("-q", "--query", type=read, metavar="QUERY", help=text, **options)
+
+
+def add_sites(parser: Any, *, default: str = "all that can be read", nargs: str = "+") -> None:
+    """`--sites`, by names and patterns."""
+    text = f"attention modules by name or pattern (default: {default})"
+    parser.add_argument("--sites", nargs=nargs, metavar="GLOB", help=text)
+
+
+def add_batch(parser: Any, *, what: str = "entry of the batch", default: int | None = 0) -> None:
+    """`--batch`, one of several pictures that a model sees each by itself."""
+    text = what if default is None else f"{what} (default {default})"
+    parser.add_argument("--batch", type=count, default=default, metavar="N", help=text)
 
 
 def add_look(parser: Any, *, norms: Sequence[str] = NORMS) -> None:
@@ -242,6 +269,12 @@ def add_format(parser: Any) -> None:
     parser.add_argument("--format", type=formats, default=("png",), metavar="KINDS", help=text)
 
 
+def add_movie(parser: Any) -> None:
+    """`--movie`, in place of pictures; see `write_movie`."""
+    text = "write a .gif or .mp4 instead: the query moves along its row, or a video plays"
+    parser.add_argument("--movie", type=movie, metavar="FILE", help=text)
+
+
 # -- what needs more than one word -----------------------------------------------------------------
 
 
@@ -277,6 +310,34 @@ def say_crops(photos: Sequence[SeenPhoto]) -> None:
 
     for line in crop_lines(photos):
         print(harmless(line))
+
+
+def plays(photos: Sequence[Photo]) -> bool:
+    """Whether these are the frames of a video, which a movie shows one after the other."""
+    return all(photo.time is not None for photo in photos)
+
+
+def write_movie(
+    path: Path, steps: Sequence[_T], draw: Callable[[_T], NotebookFigure], photos: Sequence[Photo]
+) -> None:
+    """A figure for each step; where a video plays, in its own time, but none for over a second."""
+    from vistvis.attention.checks import bytes_text
+    from vistvis.views.movie import write_query_movie
+
+    fps = 4.0
+    if plays(photos) and len(photos) > 1:
+        first, last = photos[0].time, photos[-1].time
+        assert first is not None is not last
+        fps = min(max((len(photos) - 1) / max(last - first, 1e-3), 1.0), 50.0)
+    before = path.exists()
+    write_query_movie(steps, draw, path, fps=fps)
+    told = f"{len(steps)} pictures, {fps:.3g} a second, {bytes_text(path.stat().st_size)}"
+    print(f"wrote {path} ({told}){REPLACED * before}")
+
+
+def files_in(folder: Path) -> set[Path]:
+    """What a folder holds, which pictures of the same names replace."""
+    return set(folder.iterdir()) if folder.is_dir() else set()
 
 
 def check_head(head: int | str, heads: int | None) -> None:

@@ -26,14 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _options.add_every(parser)
     text = "for photographs: vggt:tiny, vggt:FILE, a timm name"
     parser.add_argument("-m", "--model", metavar="NAME", help=text)
-    text = "which sites (default: all that can be read)"
-    parser.add_argument("--sites", nargs="+", metavar="GLOB", help=text)
+    _options.add_sites(parser)
     _options.add_query(parser, default="default: the middle of frame 0")
     head = _options.head("mean", "all")
     text = "heads by number, mean, or all (default)"
     parser.add_argument("--head", nargs="+", type=head, default=["all"], metavar="HEAD", help=text)
-    text = "which photograph of a model that takes one at a time (default 0)"
-    parser.add_argument("--batch", type=_options.count, default=0, metavar="N", help=text)
+    _options.add_batch(parser, what="which photograph of a model that takes one at a time")
     _options.add_look(parser)
     text = "inches, column (3.35) or double (6.9) (default: what it needs)"
     parser.add_argument("--width", type=_width, metavar="WIDTH", help=text)

@@ -55,14 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HEAD",
         help="numbers, or 'mean' (default) or 'all'",
     )
-    add(
-        "--sites",
-        nargs="+",
-        metavar="GLOB",
-        help="sites such as 'global_*', of a folder the layers' numbers (default: all)",
-    )
+    _options.add_sites(parser, default="all; of a folder the numbers of layers")
     _options.add_alias(parser, "-l", "--layers", dest="sites", nargs="+")
-    add("--batch", type=_options.count, default=0, metavar="N", help="entry of the batch")
+    _options.add_batch(parser)
     add("--patch-size", type=_options.size, metavar="PIXELS", help="where the source says it not")
     add("--special-tokens", type=_options.count, metavar="N", help="in a frame, likewise")
     add("--cross-attention", action="store_true", help="queries and keys cover one frame each")

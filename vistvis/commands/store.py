@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "a folder or fsspec URL"
     parser.add_argument("-o", "--out", type=_out, required=True, metavar="RUN", help=text)
-    parser.add_argument(
-        "--sites", nargs="+", metavar="GLOB", help="which sites (default: all that can be read)"
-    )
+    _options.add_sites(parser)
     _options.add_place(parser)
     parser.add_argument("--anew", action="store_true", help="don't go on with an unfinished run")
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vistvis.commands import _options
 from vistvis.errors import InputError, LayoutError, SiteError
 from vistvis.queries import TokenQuery, parse_query
 
 if TYPE_CHECKING:
-    from vistvis import Attention, TokenLayout
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from vistvis import Attention, Capture, TokenLayout
     from vistvis.models.loading import LoadedModel
     from vistvis.models.sites import SiteList
+    from vistvis.photos.photo import Photo
+    from vistvis.views.figures import NotebookFigure
 
 HELP = "draw every head's attention of one query of a vision transformer (timm) over a photo"
 DEFAULT = "vit_small_patch14_dinov2"
@@ -27,6 +37,8 @@ examples:
       a patch by its row and column, two heads and the mean of all
   vistvis vit photo.jpg --model vit_base_patch16_224@random --sites 'blocks.1*.attn'
       untrained weights, several attention modules; --sites alone lists them
+  vistvis vit clip.mp4 --every 0.2s --movie clip.gif
+      what the middle patch looks at while the video plays; in a photo it moves
   vistvis vit photo.jpg --model deit_tiny_patch16_224@deit.safetensors
       weights of a file
 """
@@ -36,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.epilog = _EXAMPLES
     add = parser.add_argument
-    add("photo", metavar="PHOTO", help="a picture; or a video, of which --every takes one frame")
+    add("photo", metavar="PHOTO", help="a picture; or several or a video, of which --batch is one")
     _options.add_every(parser)
     names = "of timm; NAME@random: untrained, NAME@FILE: a checkpoint"
     _options.add_model(parser, default=DEFAULT, what=names)
@@ -48,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="block, negative from the end (default: the last)",
     )
-    add("--sites", nargs="*", metavar="GLOB", help="attention modules by name; none: list them")
+    _options.add_sites(parser, default="the last; without a GLOB they are listed", nargs="*")
     _options.add_alias(parser, "--site", dest="sites", nargs=1)
     add(
         "--head",
@@ -59,21 +71,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="numbers, 'mean', 'all' (default)",
     )
     _options.add_place(parser, default="float32")
+    text = "which picture, where there are several"
+    _options.add_batch(parser, what=text, default=None)
     _options.add_look(parser)
     _options.add_format(parser)
     _options.add_out(parser, default="vit")
+    _options.add_movie(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the model, draw, print what was found."""
     from vistvis.models.sites import find_sites
 
-    photos = _options.photos_of([arguments.photo], arguments)
-    if len(photos) > 1:
-        raise InputError(
-            f"{arguments.photo} has {len(photos)} pictures, and this command shows one: name it; "
-            "of several, vistvis grid shows each with --batch"
-        )
+    photos = _photos(arguments)
     name = _model(arguments)
     loaded = _options.load(name, arguments, photos)
     sites = find_sites(loaded.model)
@@ -83,90 +93,171 @@ def run(arguments: argparse.Namespace) -> int:
     names = loaded.sites(arguments.sites).names if arguments.sites else [_last(sites, arguments)]
     layout = _layout(loaded, arguments.size)
     _options.say_crops(loaded.photos)
-    asked = arguments.query or parse_query("cls")
+    asked = arguments.query or parse_query("cls" if arguments.movie is None else "middle")
     token = asked.index(layout, to_model=loaded.to_model())
     for site in (site for site in sites if site.name in names):
         for head in arguments.head:
             _options.check_head(head, site.heads)
-    captured = _run_model(loaded, names, layout)
-    written: list[Path] = []
-    for site_name in names:
-        written += _draw(captured[site_name], site_name, token, layout, loaded, name, arguments)
+    draw = _Drawing(arguments, name, loaded, layout)
+    if arguments.movie is not None:
+        _movie(draw, photos, names, token)
+    else:
+        _pictures(draw, names, token)
     if name.endswith("@random"):
         print("these weights are untrained: the maps show the mechanism, not what was learned")
-    print("wrote " + "\n      ".join(map(str, written)))
-    print(f"next: vistvis vit {arguments.photo} -m {name} --query middle --sites '**'")
+    print(f"next: {_next(name, arguments)}")
     return 0
 
 
-def _run_model(loaded: LoadedModel, names: list[str], layout: TokenLayout) -> Any:
-    import torch
-
-    from vistvis.hooks.capture import capture
+def _pictures(draw: _Drawing, names: list[str], token: int) -> None:
+    """The pictures and numbers of each site."""
     from vistvis.progress import progress
 
-    bar = progress(None, "running the model", unit="site", total=len(names), delay=2)
-    with torch.inference_mode(), bar, capture(loaded.model, names, layout=layout) as captured:
-        loaded.model(loaded.images)
-    return captured
+    captured = draw.run_model(names)
+    there = _options.files_in(draw.arguments.out)
+    written: list[Path] = []
+    for site in progress(names, "drawing", unit="site", shown=None, delay=2):
+        written += draw.save(captured[site], site, token)
+    told = [f"{path}{_options.REPLACED * (path in there)}" for path in written]
+    print("wrote " + "\n      ".join(told))
 
 
-def _draw(
-    attention: Attention,
-    site: str,
-    token: int,
-    layout: TokenLayout,
-    loaded: LoadedModel,
-    model: str,
-    arguments: argparse.Namespace,
-) -> list[Path]:
-    """The picture and the numbers of one site; prints what each head looks at."""
-    import numpy as np
-    import torch
+def _movie(draw: _Drawing, photos: Sequence[Photo], names: list[str], token: int) -> None:
+    """A query that moves over the picture, or stays while a video plays; of one site."""
+    from vistvis.views.movie import path_of
 
-    from vistvis.files import atomic_file
-    from vistvis.images import to_rgb
-    from vistvis.views.heads import head_grid
-    from vistvis.views.painting import dark_maps, normalizer
+    if len(names) > 1:
+        raise InputError(f"--movie shows one site, got {len(names)}; name one with --sites")
+    (site,) = names
+    plays = _options.plays(photos)
+    tokens = [token] * len(photos) if plays else path_of(draw.layout, token)
+    steps = [(one, number if plays else 0) for number, one in enumerate(tokens)]
+    attention = draw.run_model(names)[site]
 
-    if attention.shape[3] != layout.num_tokens:
-        raise LayoutError(
-            f"site {site!r} has {attention.shape[3]} keys where the picture has "
-            f"{layout.num_tokens} tokens ({layout}); choose another with --sites"
+    def figure(step: tuple[int, int]) -> NotebookFigure:
+        token, batch = step
+        labels, _, maps = draw.maps(attention, site, token, batch=batch)
+        return draw.figure(labels, maps, site, token, batch=batch)
+
+    _options.write_movie(draw.arguments.movie, steps, figure, photos)
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawing:
+    """What pictures of one call have in common."""
+
+    arguments: argparse.Namespace
+    model: str
+    loaded: LoadedModel
+    layout: TokenLayout
+
+    def run_model(self, names: list[str]) -> Capture:
+        """The attention of some sites; a bar counts all up to the last."""
+        import torch
+
+        from vistvis.hooks.capture import capture
+        from vistvis.models.sites import find_sites
+        from vistvis.progress import progress
+
+        model = self.loaded.model
+        paths = find_sites(model).names
+        paths = paths[: 1 + max(map(paths.index, names))]
+        bar = progress(
+            None, "running the model", unit="site", total=len(paths), shown=None, delay=2
         )
-    rows = attention.rows([token], batch=0)[0, :, 0].cpu()
-    heads = _heads(arguments.head, len(rows))
-    rows = torch.stack([rows[h] if isinstance(h, int) else rows.mean(0) for h in heads])
-    maps = layout.maps(rows)[:, 0]
-    place = layout.locate(token)
-    labels = ["mean of heads" if head == "mean" else f"head {head}" for head in heads]
-    look = _options.look_of(arguments)
-    figure = head_grid(
-        to_rgb(loaded.pictures)[0, 0],
-        maps,
-        title=f"{model.partition('@')[0]}, {site}, query: {place.kind} (token {token})",
-        names=labels,
-        photo=loaded.photos[0].name,
-        box=place.box,
-        untrained=model.endswith("@random"),
-        **look,
-    )
-    stem = arguments.out / _stem(arguments, model, site)
-    files = figure.save_as(stem, arguments.format)
-    values = Path(f"{stem}.npz")
-    with atomic_file(values, sync=False) as file:
-        np.savez(file, rows=rows.numpy(), maps=maps.numpy(), token=token, grid=layout.grid)
-    print(f"{site}: {attention.shape[1]} heads, {layout}")
-    for label, row, patches in zip(labels, rows, maps.sum((1, 2)), strict=True):
-        best = layout.locate(int(row.argmax()))
-        print(f"  {label}: strongest {best} {float(row.max()):.4f}, on patches {patches:.3f}")
-    norm = arguments.norm or _options.NORMS[0]
-    own = None
-    if place.row is not None and place.col is not None:
-        own = slice(None), place.row, place.col
-    if dark := dark_maps(maps, normalizer(maps, norm=norm, own=own)):
-        print("  " + _options.dark_text([labels[number] for number in dark], norm))
-    return [*files, values]
+        with contextlib.ExitStack() as hooks, bar:
+            for path in paths:
+                module = model.get_submodule(path)
+                hooks.callback(module.register_forward_hook(lambda *_: bar.update()).remove)
+            with torch.inference_mode(), capture(model, names, layout=self.layout) as captured:
+                model(self.loaded.images)
+        return captured
+
+    def maps(
+        self, attention: Attention, site: str, token: int, *, batch: int = 0
+    ) -> tuple[list[str], Tensor, NDArray[np.float32]]:
+        """What the heads are called, their rows `(h, N)` and maps `(h, rows, cols)`."""
+        import torch
+
+        if attention.shape[3] != self.layout.num_tokens:
+            raise LayoutError(
+                f"site {site!r} has {attention.shape[3]} keys where the picture has "
+                f"{self.layout.num_tokens} tokens ({self.layout}); choose another with --sites"
+            )
+        rows = attention.rows([token], batch=batch)[0, :, 0].cpu()
+        heads = _heads(self.arguments.head, len(rows))
+        rows = torch.stack([rows[h] if isinstance(h, int) else rows.mean(0) for h in heads])
+        labels = ["mean of heads" if head == "mean" else f"head {head}" for head in heads]
+        return labels, rows, self.layout.maps(rows)[:, 0]
+
+    def figure(
+        self, labels: list[str], maps: NDArray[np.float32], site: str, token: int, *, batch: int = 0
+    ) -> NotebookFigure:
+        """The maps of one site, over one of the pictures."""
+        from vistvis.images import to_rgb
+        from vistvis.views.heads import head_grid
+
+        place = self.layout.locate(token)
+        return head_grid(
+            to_rgb(self.loaded.pictures)[batch, 0],
+            maps,
+            title=f"{self.model.partition('@')[0]}, {site}, query: {place.kind} (token {token})",
+            names=labels,
+            photo=self.loaded.photos[batch].name,
+            box=place.box,
+            untrained=self.model.endswith("@random"),
+            **_options.look_of(self.arguments),
+        )
+
+    def save(self, attention: Attention, site: str, token: int) -> list[Path]:
+        """The picture and the numbers of one site; prints what each head looks at."""
+        import numpy as np
+
+        from vistvis.files import atomic_file
+        from vistvis.views.painting import dark_maps, normalizer
+
+        labels, rows, maps = self.maps(attention, site, token)
+        stem = self.arguments.out / _stem(self.arguments, self.model, site)
+        figure = self.figure(labels, maps, site, token)
+        files = figure.save_as(stem, self.arguments.format)
+        values = Path(f"{stem}.npz")
+        with atomic_file(values, sync=False) as file:
+            np.savez(file, rows=rows.numpy(), maps=maps, token=token, grid=self.layout.grid)
+        print(f"{site}: {attention.shape[1]} heads, {self.layout}")
+        for label, row, patches in zip(labels, rows, maps.sum((1, 2)), strict=True):
+            best = self.layout.locate(int(row.argmax()))
+            print(f"  {label}: strongest {best} {float(row.max()):.4f}, on patches {patches:.3f}")
+        norm = self.arguments.norm or _options.NORMS[0]
+        place, own = self.layout.locate(token), None
+        if place.row is not None and place.col is not None:
+            own = slice(None), place.row, place.col
+        if dark := dark_maps(maps, normalizer(maps, norm=norm, own=own)):
+            print("  " + _options.dark_text([labels[number] for number in dark], norm))
+        return [*files, values]
+
+
+def _photos(arguments: argparse.Namespace) -> list[Photo]:
+    """The one picture that is meant; with `--movie`, all frames of a video."""
+    photos = _options.photos_of([arguments.photo], arguments)
+    if arguments.batch is not None:
+        if not arguments.batch < len(photos):
+            raise InputError(f"--batch {arguments.batch} is outside 0…{len(photos) - 1}")
+        return [photos[arguments.batch]]
+    if len(photos) > 1 and not (arguments.movie is not None and _options.plays(photos)):
+        raise InputError(
+            f"{arguments.photo} has {len(photos)} pictures, and this command shows one: name it, "
+            f"or choose with --batch 0…{len(photos) - 1}; vistvis grid shows all their heads"
+        )
+    return photos
+
+
+def _next(model: str, arguments: argparse.Namespace) -> str:
+    """The same picture seen otherwise, as it can be pasted."""
+    words = ["vistvis", "vit", arguments.photo, "-m", model]
+    for name in ("every", "batch", "size", "device", "dtype"):
+        if getattr(arguments, name) is not None:
+            words += [f"--{name}", str(getattr(arguments, name))]
+    return shlex.join([*words, "--query", "middle", "--sites", "**"])
 
 
 def _model(arguments: argparse.Namespace) -> str:

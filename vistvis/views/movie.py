@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Frame: TypeAlias = "Bytes | NotebookFigure"
+Step = TypeVar("Step")
 
 ENDINGS = (".gif", ".mp4")
 # GIFs count time in hundredths of a second, and players take less than two for ten.
 _FASTEST = 50.0
+# Of figures that move, which are looked at on a screen.
+_DPI = 100
 
 
 def check_movie(path: str | os.PathLike[str], *, fps: float = 8.0) -> Path:
@@ -109,14 +113,53 @@ def query_path(layout: TokenLayout, tokens: Sequence[int]) -> list[int]:
 
 
 def write_query_movie(
-    tokens: Sequence[int],
-    draw: Callable[[int], Frame],
+    steps: Sequence[Step],
+    draw: Callable[[Step], NotebookFigure],
     path: str | os.PathLike[str],
     *,
-    fps: float = 8.0,
+    fps: float = 4.0,
 ) -> Path:
-    """Write a query that moves over these tokens, each drawn by `draw(token)`, as `write_movie`."""
-    return write_movie((draw(token) for token in tokens), path, fps=fps, total=len(tokens))
+    """Write a query that moves, a figure `draw(step)` for each of its steps, as `write_movie`.
+
+    Captions may differ in length: figures get the size of the largest, with white around them.
+    Steps are tokens, or whatever `draw` takes. All are drawn before the first is written, and kept
+    as PNG, about 0.2 MB each.
+    """
+    from PIL import Image
+
+    check_movie(path, fps=fps)
+    if not steps:
+        raise InputError("a movie has at least one frame, got none")
+    bar = progress(steps, "drawing", unit="frame", total=len(steps), shown=None, delay=2)
+    figures = map(draw, bar)
+    drawn = [figure.png(dpi=min(figure.dpi, _DPI)) for figure in figures]
+    sizes = [Image.open(io.BytesIO(png)).size for png in drawn]
+    size = max(width for width, _ in sizes), max(height for _, height in sizes)
+
+    def pages() -> Iterator[Bytes]:
+        for png in drawn:
+            page = Image.new("RGB", size, "white")
+            page.paste(Image.open(io.BytesIO(png)).convert("RGB"))
+            yield np.asarray(page)
+
+    return write_movie(pages(), path, fps=fps, total=len(drawn))
+
+
+def path_of(layout: TokenLayout, token: int, *, frames: bool = False) -> list[int]:
+    """How a movie's query moves: along the grid row of its patch; or, with `frames`, in time.
+
+    That is the token at the same place of each frame. InputError for a special token in space.
+    """
+    place = layout.locate(token)
+    if frames:
+        return [layout.index(frame=f, token=place.token_in_frame) for f in range(layout.frames)]
+    if place.row is None:
+        raise InputError(
+            f"in a movie the query moves along its grid row, and a {place.kind} token has none; "
+            "name a patch, as in 0:middle"
+        )
+    frame, row, last = place.frame_idx, place.row, layout.grid[1] - 1
+    return query_path(layout, [layout.index(frame=frame, row=row, col=col) for col in (0, last)])
 
 
 def _equal(frames: Iterable[Frame]) -> Iterator[Bytes]:
