@@ -42,6 +42,7 @@ from vistvis.views.painting import (
     resize,
     scale_text,
 )
+from vistvis.views.wholes import Edges, WholePhoto, show_view, view_of, words_of
 
 DPI = 150
 
@@ -150,11 +151,13 @@ def draw_values(
     untrained: bool = False,
     block_idx: int | None = None,
     pictures: FloatArray | None = None,
+    wholes: Sequence[WholePhoto] = (),
 ) -> NotebookFigure:
     """The figure of values that are already computed; see `visualize_attention_on_image`.
 
     `pictures` are what is shown in place of `values.images`: the same view of every frame, with
-    more pixels, `(S, k·H, k·W, 3)` in [0, 1].
+    more pixels, `(S, k·H, k·W, 3)` in [0, 1]. `wholes` are the photos, one for each picture: then
+    what was cut off is shown too, faint, and borders are hatched.
     """
     if values.attention_type == "register":
         raise InputError(
@@ -163,13 +166,20 @@ def draw_values(
         )
     if names is not None and len(names) != values.layout.frames:
         raise InputError(f"{values.layout.frames} pictures need as many names, got {len(names)}")
+    if wholes and len(wholes) != values.layout.frames:
+        raise InputError(
+            f"{values.layout.frames} pictures are of as many photos, not {len(wholes)}"
+        )
     # The scale comes from the maps, not from the resized ones: resizing softens the peaks.
     scale = normalizer(values.maps, norm=norm, own=values.own)
     lines = _title_lines(values, block_idx, untrained=untrained)
     lines[-1] += f"; {scale_text(values.maps, scale, norm=norm, own=values.own)}"
-    lines.append(_legend(values))
-    plan = _Plan(values, lines, None if width is None else inches_of(width), named=bool(names))
-    drawing = _Drawing(values, pictures if pictures is not None else values.images, scale)
+    lines.append(" · ".join([_legend(values), *words_of(values.layout.image_size, wholes)]))
+    view = view_of(values.layout.image_size, wholes)
+    inches = None if width is None else inches_of(width)
+    plan = _Plan(values, lines, inches, view, named=bool(names))
+    shown = pictures if pictures is not None else values.images
+    drawing = _Drawing(values, shown, scale, view, wholes)
     matches = {match.place.frame_idx: match for match in values.matches}
     said = [values.query.frame] if len(values.pictures) > 1 else []
     for number, frame in enumerate(values.pictures):
@@ -203,23 +213,34 @@ class _Drawing:
     values: QueryValues
     pictures: FloatArray
     scale: Normalize
+    view: Edges
+    wholes: Sequence[WholePhoto]
 
     def picture(self, axes: Axes, frame: int) -> None:
         # As bytes: matplotlib keeps what it is given and turns floats into more floats.
-        self._show(axes, np.rint(self.pictures[frame] * 255).astype(np.uint8))
+        self._show(axes, np.rint(self.pictures[frame] * 255).astype(np.uint8), frame)
 
     def heatmap(self, axes: Axes, frame: int, *, cmap: str | Colormap, alpha: float) -> None:
         """Weights in colour; where they are dark the picture shines through, faint and grey."""
         picture = self.pictures[frame]
+        if self.wholes:
+            size = self.values.layout.image_size
+            picture = self.wholes[frame].without_borders(picture, size)
         # One frame at a time: all of them at full size are not needed at once.
         heat = resize(self.values.maps[self.values.frames.index(frame)], picture.shape[:2])
-        self._show(axes, lay_over(picture, heat, normalizer=self.scale, cmap=cmap, alpha=alpha))
+        laid = lay_over(picture, heat, normalizer=self.scale, cmap=cmap, alpha=alpha)
+        self._show(axes, laid, frame, heat=True)
 
-    def _show(self, axes: Axes, levels: NDArray[np.uint8]) -> None:
+    def _show(
+        self, axes: Axes, levels: NDArray[np.uint8], frame: int, *, heat: bool = False
+    ) -> None:
         height, width = self.values.layout.image_size
         # Places count in the model's pixels, however many the picture shown has.
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
         axes.imshow(levels, interpolation="antialiased", extent=extent)
+        if self.wholes:
+            self.wholes[frame].draw(axes, (height, width), heat=heat)
+        show_view(axes, self.view)
 
 
 # -- where things go -----------------------------------------------------------------------------
@@ -233,14 +254,19 @@ class _Plan:
     """
 
     def __init__(
-        self, values: QueryValues, lines: list[str], width: float | None, *, named: bool
+        self,
+        values: QueryValues,
+        lines: list[str],
+        width: float | None,
+        view: Edges,
+        *,
+        named: bool,
     ) -> None:
         sizes = (13.0, 9.5, 9.5, 8.5) if width is None else (9.0, 7.0, 7.0, 6.5)
         self.panel_size, self.note_size = sizes[2:]
         self._title = 1.75 * self.panel_size / 72
         self._under = 1.75 * self.note_size / 72
-        height, across = values.layout.image_size
-        frames, aspect = len(values.pictures), height / across
+        frames, aspect = len(values.pictures), (view[3] - view[1]) / (view[2] - view[0])
         self.heat_below = frames > 1
         self.columns, self.rows = 2, 1
         # A group is a title, a picture, perhaps its name and a heatmap below, a note.

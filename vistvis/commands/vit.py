@@ -16,8 +16,6 @@ from vistvis.errors import InputError, LayoutError, SiteError
 from vistvis.queries import TokenQuery, parse_query
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from vistvis import Attention, Capture, TokenLayout
@@ -36,11 +34,9 @@ examples:
   vistvis vit photo.jpg --query r3,c5 --block 8 --head 0 2 mean --out maps
       a patch by its row and column, two heads and the mean of all
   vistvis vit photo.jpg --model vit_base_patch16_224@random --sites 'blocks.1*.attn'
-      untrained weights, several attention modules; --sites alone lists them
+      untrained weights (@FILE: a checkpoint's), several modules; --sites alone lists them
   vistvis vit clip.mp4 --every 0.2s --movie clip.gif
       what the middle patch looks at while the video plays; in a photo it moves
-  vistvis vit photo.jpg --model deit_tiny_patch16_224@deit.safetensors
-      weights of a file
 """
 
 
@@ -175,7 +171,7 @@ class _Drawing:
 
     def maps(
         self, attention: Attention, site: str, token: int, *, batch: int = 0
-    ) -> tuple[list[str], Tensor, NDArray[np.float32]]:
+    ) -> tuple[list[str], Tensor, Tensor]:
         """What the heads are called, their rows `(h, N)` and maps `(h, rows, cols)`."""
         import torch
 
@@ -191,7 +187,7 @@ class _Drawing:
         return labels, rows, self.layout.maps(rows)[:, 0]
 
     def figure(
-        self, labels: list[str], maps: NDArray[np.float32], site: str, token: int, *, batch: int = 0
+        self, labels: list[str], maps: Tensor, site: str, token: int, *, batch: int = 0
     ) -> NotebookFigure:
         """The maps of one site, over one of the pictures."""
         from vistvis.images import to_rgb
@@ -222,7 +218,7 @@ class _Drawing:
         files = figure.save_as(stem, self.arguments.format)
         values = Path(f"{stem}.npz")
         with atomic_file(values, sync=False) as file:
-            np.savez(file, rows=rows.numpy(), maps=maps, token=token, grid=self.layout.grid)
+            np.savez(file, rows=rows.numpy(), maps=maps.numpy(), token=token, grid=self.layout.grid)
         print(f"{site}: {attention.shape[1]} heads, {self.layout}")
         for label, row, patches in zip(labels, rows, maps.sum((1, 2)), strict=True):
             best = self.layout.locate(int(row.argmax()))

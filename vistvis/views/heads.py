@@ -32,6 +32,7 @@ from vistvis.views.painting import (
     resize,
     scale_text,
 )
+from vistvis.views.wholes import WholePhoto, show_view, view_of, words_of
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -58,6 +59,8 @@ def head_grid(
     columns: int | None = None,
     width: str | float | None = None,
     untrained: bool = False,
+    size: tuple[int, int] | None = None,
+    whole: WholePhoto | None = None,
 ) -> NotebookFigure:
     """Draw the maps `(h, rows, cols)` of all heads over one picture, uint8 `(H, W, 3)`.
 
@@ -69,7 +72,7 @@ def head_grid(
     photo
         The picture's name, which stands above it.
     box
-        The query patch in pixels, outlined in every picture; None for a special token.
+        The query patch in the model's pixels, outlined in every picture; None for a special token.
     norm
         "auto", "linear", "log" or "percentile", as in `painting.normalizer`: one scale for all
         heads. What lies above it is white.
@@ -81,6 +84,10 @@ def head_grid(
         "column" (3.35 in), "double" (6.9 in) or inches. Default: what the pictures need.
     untrained
         Say in the title that the weights are.
+    size
+        `(H, W)` of the model's picture; default: of `image`, which may have more pixels than it.
+    whole
+        The photo: then what was cut off is shown too, faint, and borders are hatched.
 
     Raises
     ------
@@ -96,10 +103,13 @@ def head_grid(
     if names is None and len(values) > 1:
         values = np.concatenate([values.mean(0, keepdims=True), values])
         labels = [f"mean of {len(labels)} heads", *labels]
-    own = None if box is None else _own(box, image.shape[:2], values.shape[1:])
+    height, across = size = size or (image.shape[0], image.shape[1])
+    own = None if box is None else _own(box, size, values.shape[1:])
     scale = normalizer(values, norm=norm, own=own)
     wide = None if width is None else inches_of(width)
-    count, aspect = len(values) + 1, image.shape[0] / image.shape[1]
+    wholes = [] if whole is None else [whole]
+    view = view_of(size, wholes)
+    count, aspect = len(values) + 1, (view[3] - view[1]) / (view[2] - view[0])
     columns = columns or _columns(count, wide)
     columns = min(columns, count)
     rows = math.ceil(count / columns)
@@ -110,7 +120,8 @@ def head_grid(
     large, small = (12.0, 9.0) if width is None else (9.0, 7.0)
     title = " · ".join([title] * bool(title) + ["untrained weights"] * untrained)
     title = wrap(title, wide - 2 * _SIDE, large, weight="bold")
-    note = wrap(scale_text(values, scale, norm=norm, own=own), wide - 2 * _SIDE, small)
+    said = scale_text(values, scale, norm=norm, own=own), *words_of(size, wholes)
+    note = wrap(" · ".join(said), wide - 2 * _SIDE, small)
     label = small * 1.5 / 72
     note_top = _SIDE + (text_height(title, large) if title else 0)
     top = note_top + text_height(note, small) + 0.05
@@ -119,6 +130,10 @@ def head_grid(
     figure.write(_SIDE, _SIDE, title, size=large, fontweight="bold")
     figure.write(_SIDE, note_top, note, size=small, color=QUIET)
     picture = image.astype(np.float32) / np.float32(255)
+    if whole is not None:
+        picture = whole.without_borders(picture, size)
+    # Places count in the model's pixels.
+    extent = (-0.5, across - 0.5, height - 0.5, -0.5)
     for number, text in enumerate([photo, *labels]):
         row, column = divmod(number, columns)
         place = (_SIDE + column * (panel + _GAP), top + row * cell + label)
@@ -128,7 +143,10 @@ def head_grid(
         if number:
             heat = resize(values[number - 1], image.shape[:2])
             shown = lay_over(picture, heat, normalizer=scale, cmap=cmap, alpha=alpha)
-        axes.imshow(shown, interpolation="antialiased")
+        axes.imshow(shown, interpolation="antialiased", extent=extent)
+        if whole is not None:
+            whole.draw(axes, size, heat=number > 0)
+        show_view(axes, view)
         text = shorten(text, panel, small)
         axes.set_title(text, fontsize=small, pad=2.5, loc="left", color=INK, parse_math=False)
         if box is not None:
