@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,20 @@ def test_a_video_is_turned_upright(tmp_path: Path) -> None:
     assert pixels[:28, 28:].min() > 200  # the white corner, a quarter turn with the clock
     assert pixels[:, :20].max() < 50
     assert pixels[40:].max() < 50
+
+
+def test_pixels_of_a_video_that_are_not_square(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    file = tmp_path / "wide.mp4"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 60, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        frame = av.VideoFrame.from_ndarray(np.zeros((48, 60, 3), np.uint8), format="rgb24")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (first,) = read_photos(find_photos(file)[0])
+    assert first.size == (80, 48)
 
 
 def test_a_damaged_video_is_told(tmp_path: Path) -> None:

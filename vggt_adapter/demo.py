@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from vistvis.commands import _options
+from vistvis.commands._wholes import whole_photos
 from vistvis.errors import InputError
 from vistvis.queries import TokenQuery, parse_query
 
@@ -101,6 +102,7 @@ def demo_visualize_token_attention(
     figures = answer.draw(
         norm=norm,
         pictures=loaded.sharp(),
+        wholes=whole_photos(loaded.photos, loaded.seen),
         names=[photo.name for photo in loaded.photos],
         untrained=not getattr(ready, "trained", True),
     )
@@ -188,6 +190,7 @@ def run(arguments: argparse.Namespace) -> int:
     trained = getattr(model, "trained", True)
     figures = answer.draw(
         pictures=loaded.sharp(),
+        wholes=whole_photos(loaded.photos, loaded.seen),
         names=[photo.name for photo in loaded.photos],
         untrained=not trained,
         **_options.look_of(arguments),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vistvis.commands import _options
+from vistvis.commands._wholes import whole_photos
 from vistvis.errors import InputError, LayoutError, SiteError
 from vistvis.queries import TokenQuery, parse_query
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vistvis.models.sites import SiteList
     from vistvis.photos.photo import Photo
     from vistvis.views.figures import NotebookFigure
+    from vistvis.views.wholes import WholePhoto
 
 HELP = "draw every head's attention of one query of a vision transformer (timm) over a photo"
 DEFAULT = "vit_small_patch14_dinov2"
@@ -94,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     for site in (site for site in sites if site.name in names):
         for head in arguments.head:
             _options.check_head(head, site.heads)
-    draw = _Drawing(arguments, name, loaded, layout)
+    draw = _Drawing(arguments, name, loaded, layout, whole_photos(photos, loaded.photos))
     if arguments.movie is not None:
         _movie(draw, photos, names, token)
     else:
@@ -146,6 +148,7 @@ class _Drawing:
     model: str
     loaded: LoadedModel
     layout: TokenLayout
+    wholes: list[WholePhoto]
 
     def run_model(self, names: list[str]) -> Capture:
         """The attention of some sites; a bar counts all up to the last."""
@@ -193,14 +196,17 @@ class _Drawing:
         from vistvis.images import to_rgb
         from vistvis.views.heads import head_grid
 
-        place = self.layout.locate(token)
+        place, sharp = self.layout.locate(token), self.loaded.sharp_pixels
+        where = f"patch r{place.row},c{place.col}" if place.is_patch else place.kind
         return head_grid(
-            to_rgb(self.loaded.pictures)[batch, 0],
+            to_rgb(self.loaded.pictures)[batch, 0] if sharp is None else sharp[batch],
             maps,
-            title=f"{self.model.partition('@')[0]}, {site}, query: {place.kind} (token {token})",
+            title=f"{self.model.partition('@')[0]}, {site}, query: {where} (token {token})",
             names=labels,
             photo=self.loaded.photos[batch].name,
             box=place.box,
+            size=self.layout.image_size,
+            whole=self.wholes[batch] if self.wholes else None,
             untrained=self.model.endswith("@random"),
             **_options.look_of(self.arguments),
         )

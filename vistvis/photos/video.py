@@ -167,6 +167,9 @@ def _frames(path: Path, stamps: Sequence[int]) -> Iterator[Image.Image]:
                     "choose others with --every, or save it again"
                 )
             picture: Image.Image = frame.to_image()
+            # Pixels of a file need not be square; those of photographs are.
+            if (shape := video.sample_aspect_ratio) and shape != 1:
+                picture = picture.resize((max(1, round(picture.width * shape)), picture.height))
             # How the camera was held; FFmpeg's angles turn against the clock, as Pillow's do.
             yield picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
 

@@ -2,7 +2,7 @@
 
 fpdf2 and not the plotting library, because a page of overlays holds hundreds of photographs: they
 go in as the JPEG files they are, so that 24 layers of 17 heads take megabytes, and words stay words
-that can be searched. They are in Helvetica, which every reader has: no font is embedded.
+that can be searched. What is used of their font, the figures' own, is embedded as TrueType.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from fpdf import FPDF
+from matplotlib import get_data_path
 
 Colour: TypeAlias = tuple[float, float, float]
 Box: TypeAlias = tuple[float, float, float, float]
@@ -22,8 +24,7 @@ INK: Colour = (0.1, 0.1, 0.12)
 QUIET: Colour = (0.4, 0.4, 0.45)
 _PAPER_GREY = 240
 _LINE_GREY = 191
-# The fonts every PDF reader has know Latin letters only; these have a spelling in them.
-_SPELLED = str.maketrans({"–": "-", "—": "-", "−": "-", "…": "...", "→": "->", "≥": ">="})
+_FONT = "DejaVuSans"
 # Of the size asked for: smaller words are shortened instead.
 _SMALLEST = 0.6
 
@@ -37,7 +38,7 @@ class PdfFile:
 
     def __init__(self, file: BinaryIO, *, title: str, unit: float = 1.0) -> None:
         self._file, self._unit = file, unit
-        self._pages = FPDF(unit=unit)
+        self._pages = _with_fonts(FPDF(unit=unit))
         self._pages.set_auto_page_break(False)
         self._pages.set_margin(0)
         self._pages.set_title(title)
@@ -69,10 +70,9 @@ class PdfFile:
         """
         if room is not None:
             text, size = fitted(text, size, room, bold=bold)
-        written = _latin(text)
-        self._pages.set_font("Helvetica", "B" if bold else "", size * self._unit)
+        self._pages.set_font(_FONT, "B" if bold else "", size * self._unit)
         self._pages.set_text_color(*(round(255 * part) for part in colour))
-        self._pages.text(x - anchor * text_width(text, size, bold=bold), y, written)
+        self._pages.text(x - anchor * text_width(text, size, bold=bold), y, text)
 
     def gap(self, x: float, y: float, width: float, height: float, words: str) -> None:
         """A crossed-out box that says in words what is not there."""
@@ -108,9 +108,9 @@ class PdfFile:
 
 
 def text_width(text: str, size: float, *, bold: bool = False) -> float:
-    """How wide a line in Helvetica is, in the unit of `size`."""
+    """How wide a line is, in the unit of `size`."""
     # Measured at a size where rounding does not show; widths grow in proportion.
-    return float(_ruler(bold).get_string_width(_latin(text))) * size / 100
+    return float(_ruler(bold).get_string_width(text)) * size / 100
 
 
 def fitted(text: str, size: float, room: float, *, bold: bool = False) -> tuple[str, float]:
@@ -129,10 +129,12 @@ def fitted(text: str, size: float, room: float, *, bold: bool = False) -> tuple[
 
 @functools.cache
 def _ruler(bold: bool) -> FPDF:
-    ruler = FPDF(unit="pt")
-    ruler.set_font("Helvetica", "B" if bold else "", 100)
+    ruler = _with_fonts(FPDF(unit="pt"))
+    ruler.set_font(_FONT, "B" if bold else "", 100)
     return ruler
 
 
-def _latin(text: str) -> str:
-    return text.translate(_SPELLED).encode("latin-1", "replace").decode("latin-1")
+def _with_fonts(pages: FPDF) -> FPDF:
+    for style, ending in (("", ""), ("B", "-Bold")):
+        pages.add_font(_FONT, style, Path(get_data_path(), "fonts", "ttf", f"{_FONT}{ending}.ttf"))
+    return pages

@@ -149,8 +149,8 @@ def plot(
 
 def model_title(model: str) -> str:
     """What a title says of a model."""
-    name = model.removesuffix("@random")
-    return model if name == model else f"{name}, untrained weights"
+    name, _, weights = model.partition("@")
+    return f"{name}, untrained weights" if weights == "random" else name
 
 
 def _site(source: Mapping[str, Attention], name: str) -> Attention:
