@@ -419,3 +419,20 @@ def test_the_sample_views_need_nothing_else(
 def test_a_missing_model_file_says_so(tmp_path: Path, photos: list[Path]) -> None:
     with pytest.raises((CheckpointError, InputError), match="gone"):
         demo_visualize_token_attention(photos, model=tmp_path / "gone")
+
+
+def test_sites_choose_blocks_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--sites", "global_block_[12]", "--out", str(tmp_path)]) == 2
+    assert "global_block_1" in capsys.readouterr().err
+    words = ["demo", "--query", "0:middle", "--out", str(tmp_path)]
+    assert cli.main([*words, "--sites", "global_block_1", "*_block_3"]) == 0
+    drawn = sorted(path.name.partition("_head")[0] for path in tmp_path.glob("*.png"))
+    assert drawn == ["frame_block_3", "global_block_1", "global_block_3"]
+    assert "replaced" not in capsys.readouterr().out
+    assert cli.main([*words, "--sites", "global_block_1"]) == 0
+    assert "replaced what was there" in capsys.readouterr().out
+    assert cli.main([*words, "--sites", "global_block_1", "--types", "frame"]) == 2
+    assert "none of --sites is of these" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--sites", "global_block_1", "--block", "0"])
+    assert "not allowed with" in capsys.readouterr().err

@@ -143,12 +143,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _options.add_alias(queries, "--pixel", dest="query", type=_pixel)
     queries.add_argument("--token", type=_options.count, help=argparse.SUPPRESS)
     add("--allow-special", action="store_true", help=argparse.SUPPRESS)
-    add(
+    blocks = parser.add_mutually_exclusive_group()
+    blocks.add_argument(
         *("-b", "--block"),
         type=_options.block,
         metavar="N",
         help="pair of blocks, from 0; negative from the end (default: the last)",
     )
+    _options.add_sites(blocks, default="those of --block")
     add(
         "--head",
         type=_options.head("mean", "max"),
@@ -183,27 +185,30 @@ def run(arguments: argparse.Namespace) -> int:
     _options.say_crops(loaded.seen)
     place, requested = _place(arguments, model, loaded)
     head = suggested(model, "head", 0) if arguments.head is None else arguments.head
-    block = suggested(model, "block", -1) if arguments.block is None else arguments.block
-    _check_block(model, block, head)
+    blocks = _blocks(model, arguments, head)
     query = Query(requested, head, renormalize=arguments.renormalize)
-    answer = ask(model, loaded, place, query, block_idx=block, attention_types=arguments.types)
     trained = getattr(model, "trained", True)
-    figures = answer.draw(
-        pictures=loaded.sharp(),
-        wholes=whole_photos(loaded.photos, loaded.seen),
-        names=[photo.name for photo in loaded.photos],
-        untrained=not trained,
-        **_options.look_of(arguments),
-    )
-    written = answer.write(figures, arguments.out, formats=arguments.format)
-    print("\n".join(report(answer, loaded, arguments.model, trained=trained)))
-    norm = arguments.norm or _options.NORMS[0]
-    for kind, values in answer.values.items():
-        if dark := [f"frame {frame}" for frame in values.dark_frames(norm=norm)]:
-            print(f"\n{kind} attention: {_options.dark_text(dark, norm)}")
-    print(f"\nwritten to {Path(arguments.out).resolve()}:")
+    look: dict[str, Any] = _options.look_of(arguments)
+    look |= {
+        "pictures": loaded.sharp(),
+        "wholes": whole_photos(loaded.photos, loaded.seen),
+        "names": [photo.name for photo in loaded.photos],
+        "untrained": not trained,
+    }
+    there = _options.files_in(Path(arguments.out))
+    written: list[Path] = []
+    for block, kinds in blocks.items():
+        answer = ask(model, loaded, place, query, block_idx=block, attention_types=kinds)
+        written += answer.write(answer.draw(**look), arguments.out, formats=arguments.format)
+        print("\n".join(report(answer, loaded, arguments.model, trained=trained)))
+        norm = arguments.norm or _options.NORMS[0]
+        for kind, values in answer.values.items():
+            if dark := [f"frame {frame}" for frame in values.dark_frames(norm=norm)]:
+                print(f"\n{kind} attention: {_options.dark_text(dark, norm)}")
+        print()
+    print(f"written to {Path(arguments.out).resolve()}:")
     for path in written:
-        print(f"  {path.name}")
+        print(f"  {path.name}{_options.REPLACED * (path in there)}")
     print(f"\nnext: {_next(answer, arguments)}")
     return 0
 
@@ -246,20 +251,40 @@ def _place(
     return choose_token(model, loaded, token, allow_special=True)
 
 
-def _check_block(model: nn.Module, block: int, head: int | str) -> None:
-    """InputError in words of the command, before the model runs."""
+def _blocks(
+    model: nn.Module, arguments: argparse.Namespace, head: int | str
+) -> dict[int, tuple[str, ...]]:
+    """The pairs of blocks to show and the types of attention of each, in words of the command."""
     from vggt_adapter.blocks import find_blocks, pair_of, watched_part
-    from vistvis.models.sites import find_sites
+    from vggt_adapter.steps import suggested
+    from vistvis.models.sites import SiteList, choose_sites, find_sites
 
     part = watched_part(model)
     blocks = find_blocks(part)
-    depth = sum(one.kind == "global" for one in blocks)
-    if not -depth <= block < depth:
-        raise InputError(f"--block {block}: the model has blocks 0…{depth - 1}")
-    path = pair_of(blocks, block)[1].path
-    heads = next(site.heads for site in find_sites(part) if site.path == path)
-    if heads is not None:
-        _options.check_head(head, heads)
+    numbers = [one.number for one in blocks if one.kind == "global"]
+    pairs = {number: pair_of(blocks, number) for number in numbers}
+    named = {one.path: one.name for pair in pairs.values() for one in pair}
+    sites = SiteList(site for site in find_sites(part).named(named) if site.path in named)
+    if arguments.sites:
+        chosen = choose_sites(sites, arguments.sites).names
+    else:
+        block = suggested(model, "block", -1) if arguments.block is None else arguments.block
+        depth = len(numbers)
+        if not -depth <= block < depth:
+            raise InputError(f"--block {block}: the model has blocks 0…{depth - 1}")
+        pairs = {block: pair_of(blocks, block)}
+        chosen = [one.name for one in pairs[block]]
+    for site in sites:
+        if site.name in chosen and site.heads is not None:
+            _options.check_head(head, site.heads)
+    wanted = {site.name for site in sites if site.name in chosen and site.kind in arguments.types}
+    kinds = {
+        number: tuple(one.kind for one in pair if one.name in wanted)
+        for number, pair in pairs.items()
+    }
+    if not any(kinds.values()):
+        raise InputError(f"--types {','.join(arguments.types)}: none of --sites is of these")
+    return {number: some for number, some in kinds.items() if some}
 
 
 def _next(answer: Answer, arguments: argparse.Namespace) -> str:
