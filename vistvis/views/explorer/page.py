@@ -16,7 +16,25 @@ from typing import Any
 from vistvis.views.explorer.packing import PackedSite
 
 # In the order in which they are joined: each uses those before it only.
-SCRIPTS = ("decode.js", "kernel.js", "layout.js", "source.js", "main.js")
+SCRIPTS = (
+    "decode.js",
+    "kernel.js",
+    "layout.js",
+    "source.js",
+    "dom.js",
+    "scene.js",
+    "colours.js",
+    "state.js",
+    "frames.js",
+    "numbers.js",
+    "multiples.js",
+    "controls.js",
+    "keys.js",
+    "save.js",
+    "words.js",
+    "view.js",
+    "main.js",
+)
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./[\w.]+";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=async |function|class|const)", re.MULTILINE)
 
