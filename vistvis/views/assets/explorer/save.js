@@ -2,7 +2,7 @@
 
 import { element } from "./dom.js";
 
-const GAP = 12;
+const MARGIN = 12;
 const TITLE = 34;
 const LUMA = [0.299, 0.587, 0.114];
 
@@ -49,8 +49,8 @@ async function composed(frames, state, outlines) {
   const lines = Math.ceil(drawn.length / perLine);
   const panels = drawn.map((canvas, n) => ({
     canvas,
-    x: GAP + (n % perLine) * (width + GAP),
-    y: TITLE + Math.floor(n / perLine) * (height + GAP),
+    x: MARGIN + (n % perLine) * (width + MARGIN),
+    y: TITLE + Math.floor(n / perLine) * (height + MARGIN),
   }));
   const boxes = outlines.filter(({ place }) => place.patch !== null).map((outline) => {
     const { canvas, x, y } = panels[outline.panel];
@@ -60,8 +60,8 @@ async function composed(frames, state, outlines) {
   });
   return {
     panels, boxes,
-    width: GAP + perLine * (width + GAP),
-    height: TITLE + lines * (height + GAP),
+    width: MARGIN + perLine * (width + MARGIN),
+    height: TITLE + lines * (height + MARGIN),
   };
 }
 
@@ -74,7 +74,7 @@ export async function pngBlob(frames, state, outlines, title) {
   context.fillRect(0, 0, width, height);
   context.fillStyle = "#222";
   context.font = "15px system-ui, sans-serif";
-  context.fillText(title, GAP, 22, width - 2 * GAP);
+  context.fillText(title, MARGIN, 22, width - 2 * MARGIN);
   for (const { canvas, x, y } of panels) context.drawImage(canvas, x, y);
   for (const { colour, x, y, w, h } of boxes) {
     for (const [stroke, out] of [["#fff", 1], [colour, -1]]) {
@@ -100,7 +100,7 @@ export async function svgBlob(frames, state, outlines, title) {
   svg.setAttribute("width", width);
   svg.setAttribute("height", height);
   add("rect", { width, height, fill: "#fff" });
-  add("text", { x: GAP, y: 22, "font-family": "sans-serif", "font-size": 15, fill: "#222" }, title);
+  add("text", { x: MARGIN, y: 22, "font-family": "sans-serif", "font-size": 15, fill: "#222" }, title);
   for (const { canvas, x, y } of panels) {
     add("image", { href: canvas.toDataURL(), x, y, width: canvas.width, height: canvas.height });
   }
