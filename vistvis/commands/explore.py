@@ -177,7 +177,7 @@ def _show(arguments: argparse.Namespace, source: Mapping[str, Attention], **give
     if not _opened(path.resolve().as_uri(), arguments):
         print(f"open it in a browser: {path.resolve().as_uri()}")
     words = shlex.join(arguments.photos)
-    if given:
+    if given and not arguments.sites:
         model = f" --model {shlex.quote(arguments.model)}" if arguments.model else ""
         print(f"next: vistvis explore {words}{model} --sites '**'   (all sites)")
     else:
