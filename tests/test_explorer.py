@@ -62,7 +62,7 @@ def test_what_a_page_carries(captured: Any, tmp_path: Path) -> None:
     grays = np.arange(256).repeat(3).astype(int)
     assert abs(colours.astype(int) - grays).max() <= 1
     # What is seen comes before what is computed with, and nothing is left beside the page.
-    tags_in_order = ('id="vistvis-image-0-1"', 'type="module"', 'id="vistvis-site-0"')
+    tags_in_order = ('id="vistvis-image-0-1"', 'type="module" async', 'id="vistvis-site-0"')
     order = [page.read_text().index(tag) for tag in tags_in_order]
     assert order == sorted(order)
     assert [file.name for file in page.parent.iterdir()] == ["page.html"]
