@@ -118,7 +118,7 @@ export class Eye {
     this.cloud = cloud;
     const middle = cloud.cameras[Math.floor(cloud.cameras.length / 2)];
     this.base = middle ? middle.turn : [1, 0, 0, 0, 1, 0, 0, 0, 1];
-    this.width = this.height = 1;
+    this.width = this.height = 0; // until it is known
     this.reset();
   }
 
@@ -136,10 +136,27 @@ export class Eye {
     });
     this.target = turnedBack(this.base, box.map(([low, high]) => (low + high) / 2));
     this.radius = Math.hypot(...box.map(([low, high]) => high - low)) / 2 || 1;
-    this.distance = (0.8 * this.radius) / FIELD;
+    this.distance = this.radius / FIELD;
     this.yaw = -0.45;
     this.pitch = 0.3;
     this.place();
+    if (!this.width) return;
+    const within = (point) => point.every((value, i) => value >= box[i][0] && value <= box[i][1]);
+    this.distance = 1.08 * this.enough([...seen.filter(within), ...places]);
+    this.place();
+  }
+
+  /** How far from the target the eye sees all of these places, which are along the base's axes. */
+  enough(places) {
+    const shorter = Math.min(this.width, this.height);
+    const [across, down] = [this.width, this.height].map((side) => (FIELD * side) / shorter);
+    let distance = 0;
+    for (const place of places) {
+      const apart = turnedBack(this.base, place).map((value, i) => value - this.target[i]);
+      const [x, y, z] = turned(this.turn, apart);
+      distance = Math.max(distance, Math.abs(x) / across - z, Math.abs(y) / down - z);
+    }
+    return distance || this.distance;
   }
 
   place() {
@@ -153,8 +170,10 @@ export class Eye {
   }
 
   size(width, height) {
+    const first = !this.width;
     [this.width, this.height] = [width, height];
-    this.place();
+    if (first) this.reset();
+    else this.place();
   }
 
   orbit(right, down) {
