@@ -1,6 +1,6 @@
 // The patches of all frames as one cloud of points, coloured by what a query sees.
 
-import { heightOf } from "./colours.js";
+import { heightOf, scaleOf } from "./colours.js";
 import { Cloud, Eye, quantile } from "./cloudview.js";
 import { fromBase64 } from "./decode.js";
 import { button, element, slider } from "./dom.js";
@@ -125,9 +125,17 @@ class CloudPainter {
     this.points.count = among.length;
   }
 
-  /** Heat over the points: of the scale's colours, the clearer the larger. */
-  colour(values, scale, table) {
+  /** Heat over the points, the clearer the larger; on the scale of the frames together. */
+  colour(values, token, { norm, table }) {
     const { cloud, texels } = this;
+    const { layout } = cloud;
+    const place = layout.locate(token);
+    const maps = Array.from({ length: layout.frames }, (_, panel) => {
+      const start = layout.patchToken(panel, 0, 0);
+      return { panel, grid: layout.grid, values: values.subarray(start, start + layout.patches) };
+    });
+    const own = place.patch === null ? null : { panel: place.frame, ...place };
+    const scale = scaleOf(maps, norm, own);
     texels.fill(0);
     for (let n = 0; n < cloud.count; n++) {
       const height = heightOf(scale, values[cloud.token(n)]);
@@ -240,9 +248,10 @@ const NAME =
   "0 sets it back, Enter asks for the patch in the middle.";
 
 /** A pane of the manifest's points. `onQuery(token, pinned)` is called with the patch that is
- *  pointed at or clicked. `show(values, token, {scale, table})` colours the points by values over
- *  the scene's tokens (NaN: none) and rings the query; `scale` and `table` are those of colours.js. */
-export function cloudPane(parent, { manifest, source, layout, onQuery }) {
+ *  pointed at (null: none any more) or clicked. `show(values, token)` colours the points by values
+ *  over the scene's tokens (NaN: none), in the `{norm, table}` that `colours()` gives, and rings
+ *  the query. */
+export function cloudPane(parent, { manifest, source, layout, onQuery, colours }) {
   const canvas = element("canvas", { tabindex: "0", role: "img", "aria-label": NAME });
   const labels = element("div", { class: "cloud-labels", "aria-hidden": "true" });
   const stage = element("div", { class: "cloud-stage" }, canvas, labels);
@@ -294,7 +303,10 @@ export function cloudPane(parent, { manifest, source, layout, onQuery }) {
     onQuery(cloud.token(found), pinned);
   };
   steer(canvas, eye, { asked, changed });
-  canvas.addEventListener("pointerleave", () => { last = null; });
+  canvas.addEventListener("pointerleave", () => {
+    last = null;
+    onQuery(null, false);
+  });
   canvas.addEventListener("webglcontextlost", () =>
     plain("The 3-D view was lost by the graphics card; load the page again."));
 
@@ -322,9 +334,9 @@ export function cloudPane(parent, { manifest, source, layout, onQuery }) {
     ready,
     eye,
     cloud,
-    show(values, token, { scale, table }) {
-      painter.colour(values, scale, table);
-      ring = token === null ? null : cloud.point(token);
+    show(values, token) {
+      painter.colour(values, token, colours());
+      ring = cloud.point(token);
       changed();
     },
     destroy() {
