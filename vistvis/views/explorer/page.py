@@ -16,7 +16,27 @@ from typing import Any
 from vistvis.views.explorer.contents import Contents
 
 # In the order in which they are joined: each uses those before it only.
-SCRIPTS = ("decode.js", "kernel.js", "layout.js", "source.js", "main.js")
+SCRIPTS = (
+    "decode.js",
+    "kernel.js",
+    "layout.js",
+    "source.js",
+    "dom.js",
+    "scene.js",
+    "colours.js",
+    "state.js",
+    "frames.js",
+    "numbers.js",
+    "multiples.js",
+    "controls.js",
+    "keys.js",
+    "save.js",
+    "words.js",
+    "view.js",
+    "cloudview.js",
+    "cloud.js",
+    "main.js",
+)
 _CHUNK = 3 * 2**20  # a multiple of three: pieces of base64 join
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./[\w.]+";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=async |function|class|const)", re.MULTILINE)
