@@ -21,6 +21,7 @@ from vistvis.progress import progress as bar
 from vistvis.store import Run
 from vistvis.tokens import TokenLayout
 from vistvis.views.explorer.packing import pack_site, packed_bytes
+from vistvis.views.explorer.points import point_record
 from vistvis.views.maps import Scene, chosen_names, last_of, layout_of, pictures_of
 
 # What a page takes without being asked, of queries and keys as they are packed.
@@ -55,6 +56,13 @@ class Contents:
         start, length = self.places[number]
         self.spool.seek(start)
         return self.spool.read(length)
+
+    def site_file(self, number: int) -> str:
+        """What its file is called beside a page that fetches it; source.js knows that too.
+
+        A changed site has another name, so that no cache and no half-copied folder mixes two pages.
+        """
+        return f"site-{number}-{self.manifest['sites'][number]['crc32']:08x}.bin"
 
     def sites(self) -> Iterator[bytes]:
         """The data of one site after another."""
@@ -95,6 +103,9 @@ def gather(
     chosen: Chosen,
     *,
     images: Any = None,
+    points: Any = None,
+    confidence: Any = None,
+    cameras: Any = None,
     title: str | None = None,
     names: Sequence[str] | None = None,
     near: Path | None = None,
@@ -102,11 +113,19 @@ def gather(
 ) -> Contents:
     """Pack the chosen sites one after another into a file without a name, in the folder `near`.
 
-    What `images` and `names` are, `explore` says.
+    What the arguments are, `explore` says.
     """
     images = getattr(source, "images", None) if images is None else images
     layout = _layout(source, chosen.names, images)
     pictures = {} if images is None or layout is None else _pictures(images, layout)
+    if points is None and isinstance(source, Run) and layout is not None:
+        points, confidence, cameras = source.points, source.confidence, source.cameras
+    cloud = {}
+    if points is not None:
+        if layout is None:
+            raise InputError("points need a layout, which says whose they are, and no site has one")
+        record = point_record(layout, points=points, confidence=confidence, cameras=cameras)
+        cloud = {"points": record}
     omitted = list(chosen.omitted)
     headers: list[dict[str, Any]] = []
     places: list[tuple[int, int]] = []
@@ -139,6 +158,7 @@ def gather(
         "omitted": omitted,
         "cmaps": _cmaps(),
         "python": f"vistvis.open_run({source.path!r})" if isinstance(source, Run) else "captured",
+        **cloud,
     }
     return Contents(manifest, pictures, tuple(places), spool)
 
