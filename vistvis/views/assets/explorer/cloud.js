@@ -334,6 +334,7 @@ export function cloudPane(parent, { manifest, source, layout, onQuery, colours }
     ready,
     eye,
     cloud,
+    redraw: changed,
     show(values, token) {
       painter.colour(values, token, colours());
       ring = cloud.point(token);
