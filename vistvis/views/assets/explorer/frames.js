@@ -4,6 +4,9 @@ import { element, weightText } from "./dom.js";
 import { fieldMaps, overScene } from "./scene.js";
 import { paint, scaleOf } from "./colours.js";
 
+// Of a frame's caption and chips, about, in pixels.
+const CHIPS = 80;
+
 export const QUERY = "#00d746";
 export const PIN_COLOURS = ["#ff5d8f", "#39b5ff", "#ffb000", "#b388ff", "#00d3c0", "#ff7a45"];
 export const pinColour = (nth) => PIN_COLOURS[nth % PIN_COLOURS.length];
@@ -166,12 +169,13 @@ function stripName(sight, number) {
 
 /** The width of a frame with which `count` of them fill a box of `width` and `height` best. */
 export function fittingSize(count, aspect, width, height, gap) {
-  let best = 0;
-  for (let cols = 1; cols <= count; cols++) {
-    const across = (width - gap * (cols - 1)) / cols;
+  let best = { across: 0 };
+  for (let cols = count; cols >= 1; cols--) {
     const lines = Math.ceil(count / cols);
-    const down = (height - (gap + 60) * lines) / lines;
-    best = Math.max(best, Math.min(across, down * aspect));
+    const down = (height - (gap + CHIPS) * lines) / lines;
+    const across = Math.min((width - gap * (cols - 1)) / cols, down * aspect);
+    // One line of frames is easier to look along than a larger block with a hole in it.
+    if (across > best.across * (count % cols ? 1.4 : 1.1)) best = { across };
   }
-  return Math.max(110, Math.floor(Math.min(best, width)));
+  return Math.max(110, Math.floor(Math.min(best.across, width)));
 }

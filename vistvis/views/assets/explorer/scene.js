@@ -133,10 +133,8 @@ export class Sight {
       throw new Error(`${name} has ${layout.frames} of ${whole.frames} frames, not said which`);
     }
     if (place.patch === null) {
-      const same = ({ kind }) => kind === place.kind;
-      const nth = whole.specials(place.frame).filter(same).findIndex((s) => s.token === place.token);
-      const found = layout.specials(frame).filter(same)[nth];
-      if (!found) throw new Error(`${name} has no ${place.kind} token ${nth}`);
+      const found = samePlace(place, whole, layout, frame);
+      if (!found) throw new Error(`${name} has no such ${place.kind} token`);
       return found.token;
     }
     if (String(layout.grid) !== String(whole.grid)) {
@@ -186,13 +184,26 @@ function spreadColumn(order, column, count, share) {
 export function overScene({ layout, panels, values }, whole) {
   if (layout.equals(whole)) return values;
   const out = new Float32Array(whole.count).fill(NaN);
-  if (layout.perFrame !== whole.perFrame || String(layout.grid) !== String(whole.grid)) return out;
+  const same = String(layout.grid) === String(whole.grid);
   panels.forEach((panel, frame) => {
     if (panel === null) return;
-    const start = layout.start(frame);
-    out.set(values.subarray(start, start + layout.perFrame), whole.start(panel));
+    for (const place of layout.specials(frame)) {
+      const found = samePlace(place, layout, whole, panel);
+      if (found) out[found.token] = values[place.token];
+    }
+    if (!same || !layout.patches) return;
+    const start = layout.patchToken(frame, 0, 0);
+    out.set(values.subarray(start, start + layout.patches), whole.patchToken(panel, 0, 0));
   });
   return out;
+}
+
+/** A place of one layout in a frame of another: the patch there, or the n-th token of its kind. */
+export function samePlace(place, layout, other, frame) {
+  if (place.patch !== null) return other.locate(other.patchToken(frame, place.row, place.col));
+  const alike = ({ kind }) => kind === place.kind;
+  const nth = layout.specials(place.frame).filter(alike).findIndex((s) => s.token === place.token);
+  return other.specials(frame).filter(alike)[nth];
 }
 
 /** The patches of each of a field's frames: `[{panel, frame, grid, values}]`. */

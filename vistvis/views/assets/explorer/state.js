@@ -14,7 +14,7 @@ const CHOICES = {
 /** The state with what is wrong in it, after `sights` and colour maps `cmaps`, set right. */
 export function checkedState(given, sights, cmaps) {
   const state = { ...START, ...given };
-  if (!sights.has(state.site)) state.site = [...sights.keys()].at(-1) ?? null;
+  if (!sights.has(state.site)) state.site = firstSite(sights);
   for (const [name, values] of Object.entries(CHOICES)) {
     if (!values.includes(state[name])) state[name] = START[name];
   }
@@ -31,6 +31,17 @@ export function checkedState(given, sights, cmaps) {
   state.alpha = Math.min(1, Math.max(0, Number(state.alpha)));
   if (!Number.isFinite(state.alpha)) state.alpha = START.alpha;
   return state;
+}
+
+/** The last site that sees most frames, a global one where there is one: what says most. */
+function firstSite(sights) {
+  let best = null;
+  for (const sight of sights.values()) {
+    const frames = sight.strip ? 0 : sight.sides.key.frames;
+    const rank = frames + (sight.header.site?.kind === "global" ? 0.5 : 0);
+    if (!best || rank >= best.rank) best = { rank, name: sight.name };
+  }
+  return best?.name ?? null;
 }
 
 function middleOf(layout) {

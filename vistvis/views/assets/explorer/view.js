@@ -1,7 +1,7 @@
 // The view: its state, the query, and what is painted for it.
 
 import { download, element, weightText } from "./dom.js";
-import { Sight, overScene } from "./scene.js";
+import { Sight, overScene, samePlace } from "./scene.js";
 import { Layout } from "./layout.js";
 import { NORMS, colourTables } from "./colours.js";
 import { checkedState, hashState, stateHash } from "./state.js";
@@ -40,7 +40,7 @@ export class View {
     this.live = element("p", { class: "live", "aria-live": "polite" });
     this.what = element("div", { class: "what" });
     this.look = element("div", { class: "look" });
-    const wide = this.root.clientWidth > 720;
+    const wide = innerWidth > 760;
     const fold = element("details", { open: wide }, element("summary", {}, "Look and save"), this.look);
     this.bar = region("colourbar", "Colour scale");
     this.pins = region("pins", "Pins");
@@ -75,11 +75,11 @@ export class View {
   fitting() {
     const [rows, cols] = this.layout?.grid ?? [1, 1];
     const [down, across] = this.layout?.patchSize ?? [1, 1];
-    const { clientWidth } = this.main;
+    const clientWidth = this.frames.root.clientWidth;
     const sight = this.sights.get(this.state.site);
     if (!sight || sight.strip) return Math.max(200, Math.min(700, clientWidth));
     const aspect = (cols * across) / (rows * down);
-    return fittingSize(this.layout.frames, aspect, clientWidth, innerHeight * 0.8, 14);
+    return fittingSize(this.layout.frames, aspect, clientWidth, innerHeight - 180, 14);
   }
 
   get acts() {
@@ -291,9 +291,10 @@ export class View {
   /** Where one of the strongest lies in the scene, to be outlined. */
   outlineOf({ place, panel }) {
     const { layout } = this.answer.field;
-    const same = !this.sight.strip && panel !== null && layout.perFrame === this.layout.perFrame;
-    const found = same ? this.layout.locate(this.layout.start(panel) + place.inFrame) : place;
-    return { panel, place: found, grid: layout.grid };
+    const other = !this.sight.strip && panel !== null && !layout.equals(this.layout);
+    const alike = String(layout.grid) === String(this.layout?.grid) || place.patch === null;
+    const found = other && alike ? samePlace(place, layout, this.layout, panel) : place;
+    return { panel, place: found ?? place, grid: layout.grid };
   }
 
   askFor({ place, panel }) {
