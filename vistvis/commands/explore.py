@@ -129,8 +129,8 @@ def _pictures(loaded: LoadedModel) -> Any:
     sharp = loaded.sharp()
     if sharp is None:
         return loaded.pictures
-    count, frames = loaded.pictures.shape[:2]
-    return torch.from_numpy(sharp).permute(0, 3, 1, 2).unflatten(0, (count, frames))
+    pixels = torch.from_numpy(sharp).permute(0, 3, 1, 2)
+    return pixels.reshape(*loaded.pictures.shape[:2], *pixels.shape[1:])
 
 
 def _suggested(loaded: LoadedModel) -> list[str]:

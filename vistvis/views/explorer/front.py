@@ -11,6 +11,7 @@ from vistvis.errors import InputError
 from vistvis.files import PathLike, atomic_file, checked_path
 from vistvis.views.explorer.contents import Contents, choose, gather
 from vistvis.views.explorer.folder import write_folder
+from vistvis.views.explorer.notebook import shown
 from vistvis.views.explorer.page import check_page, page_parts
 
 
@@ -26,9 +27,10 @@ def explore(
     title: str | None = None,
     names: Sequence[str] | None = None,
     folder: PathLike | None = None,
+    static: bool | None = None,
     progress: bool | None = None,
-) -> Path:
-    """Write a page in which attention is computed while one points at it.
+) -> Any:
+    """A page in which attention is computed while one points at it.
 
     The page is one file that needs no server and no network: it carries queries and keys as
     float16, and its own script computes the softmax over all keys, in float64 sums.
@@ -57,27 +59,34 @@ def explore(
     folder
         Instead of `out`: a folder for `index.html` and one binary a site, which any host of static
         files can serve. A browser shows it over http only; `python -m http.server` will do.
+    static
+        Without `out` and `folder` it is shown in a notebook: as a widget, which asks the kernel for
+        its sites (the extra `widget`), or as the page itself, in a frame that the saved notebook
+        keeps. True or False says which; default: the widget where it is installed.
     progress
         Whether a bar is shown; default: where somebody watches a terminal and it takes long.
+
+    Returns
+    -------
+    The file that was written, of a folder its `index.html`; or what a notebook shows.
 
     Raises
     ------
     SiteError
         If `sites` match nothing.
     InputError
-        If no site can be shown, a file that is something else is in the way, or images or names do not fit.
+        If no site can be shown, a file that is something else is in the way, or images or names
+        do not fit; `static=False` without the extra `widget`.
 
     Cost: each site is read once, and the maxima and sums of its rows are computed,
     `B·h·Nq·Nk·d` multiply-adds in float64; one site is in memory at a time. The file takes at most
     1.2 times what queries and keys take in float16, and the pictures as JPEGs.
     """
     source = _mapping(source)
-    if (out is None) == (folder is None):
-        raise InputError("explore writes to out, a file, or to folder: name one of them")
-    path = page_path(out) if out is not None else checked_path(str(folder)) / "index.html"
-    check_page(path)
+    path = _target(out, folder)
     chosen = choose(source, sites)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     contents = gather(
         source,
         chosen,
@@ -87,11 +96,24 @@ def explore(
         cameras=cameras,
         title=title,
         names=names,
-        near=path.parent,
+        near=None if path is None else path.parent,
         progress=progress,
     )
+    if path is None:
+        return shown(contents, static=static)
     with contents.spool:
         return write_page(contents, path) if folder is None else write_folder(contents, path.parent)
+
+
+def _target(out: PathLike | None, folder: PathLike | None) -> Path | None:
+    """The page's file, judged; None for a notebook."""
+    if out is not None and folder is not None:
+        raise InputError("explore writes to out, a file, or to folder; name one of them")
+    if out is None and folder is None:
+        return None
+    path = page_path(out) if out is not None else checked_path(str(folder)) / "index.html"
+    check_page(path)
+    return path
 
 
 def page_path(out: PathLike) -> Path:

@@ -52,9 +52,9 @@ def asset(name: str) -> bytes:
 
 
 @cache
-def script() -> str:
+def script(*more: str) -> str:
     """The modules as one, because a page's policy blocks imports of what it carries."""
-    parts = [asset(name).decode() for name in SCRIPTS]
+    parts = [asset(name).decode() for name in (*SCRIPTS, *more)]
     return "\n".join(_EXPORT.sub("", _IMPORT.sub("", part)) for part in parts)
 
 

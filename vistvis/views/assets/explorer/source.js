@@ -39,3 +39,26 @@ async function fetchedSite(header, number) {
   }
   return new Uint8Array(await answer.arrayBuffer());
 }
+
+/** What a notebook's kernel has: `model` is anywidget's. */
+export function modelSource(model) {
+  const waiting = new Map();
+  model.on("msg:custom", ({ site, error }, buffers) => {
+    const { resolve, reject } = waiting.get(site) ?? {};
+    waiting.delete(site);
+    if (error) reject?.(new Error(error));
+    else resolve?.(new Uint8Array(buffers[0].buffer, buffers[0].byteOffset, buffers[0].byteLength));
+  });
+  const pictures = model.get("pictures");
+  return {
+    manifest: model.get("manifest"),
+    image: (batch, frame) => pictures[`${batch}-${frame}`] ?? null,
+    bytes: (number) =>
+      new Promise((resolve, reject) => {
+        waiting.set(number, { resolve, reject });
+        const asleep = () => reject(new Error("the kernel does not answer; run the cell again"));
+        setTimeout(asleep, 120000);
+        model.send({ site: number });
+      }),
+  };
+}
