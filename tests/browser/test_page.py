@@ -61,7 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Attention]
 
 @pytest.fixture
 def shown(made: tuple[dict[str, Attention], Path], page: Page) -> Any:
-    page(Path(made[1].parent / "blank.html"))if False else None
+    page(Path(made[1].parent / "blank.html")) if False else None
     browser = opened(page, made[1])
     yield browser
     assert [one for one in browser.get_log("browser") if one["level"] == "SEVERE"] == []
@@ -279,9 +279,10 @@ def test_keyboard(shown: Any) -> None:
     assert press(shown, "d")["direction"] == "column"
     assert press(shown, "d", "s")["smooth"] is True
     assert press(shown, "s", "n")["norm"] == "linear"
-    assert press(shown, "t")["token"] == 27 * 1 + 3 * 0 + LAYOUT.index(
-        frame=1, row=2, col=2
-    ) - 27 or True
+    assert (
+        press(shown, "t")["token"] == 27 * 1 + 3 * 0 + LAYOUT.index(frame=1, row=2, col=2) - 27
+        or True
+    )
     assert press(shown, "?") is not None
     assert shown.execute_script("return document.querySelector('dialog').open")
     shown.execute_script("document.querySelector('dialog').close()")
@@ -300,7 +301,12 @@ def test_the_hash_reopens_the_view(shown: Any, page: Page) -> None:
     shown.get(link.split("#")[0] + "#site=none&head=99&token=-1&pins=1,x,9999&norm=odd&alpha=7")
     shown.execute_async_script("const done = arguments[0]; vistvis.ready.then(done, done)")
     again = state(shown)
-    assert (again["site"], again["head"], again["pins"], again["norm"]) == ("global", "mean", [1], "auto")
+    assert (again["site"], again["head"], again["pins"], again["norm"]) == (
+        "global",
+        "mean",
+        [1],
+        "auto",
+    )
 
 
 def test_small_maps_choose(shown: Any) -> None:

@@ -45,6 +45,16 @@ def shared_sites(
     return shared, left
 
 
+def labels_of(*runs: Mapping[str, Attention]) -> list[str]:
+    """What tells runs apart: the names of their folders, else their models, else their numbers."""
+    folders = [str(getattr(run, "path", "")).rstrip("/").rpartition("/")[2] for run in runs]
+    models = [str(getattr(run, "model", None) or "") for run in runs]
+    for labels in (folders, models):
+        if all(labels) and len(set(labels)) == len(labels):
+            return labels
+    return [f"run {number}" for number in range(1, len(runs) + 1)]
+
+
 def _difference(one: Attention, other: Attention) -> str:
     """What keeps two sites from being set side by side; nothing where they can be."""
     if one.shape != other.shape:

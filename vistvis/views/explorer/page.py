@@ -38,6 +38,7 @@ SCRIPTS = (
     "view.js",
     "cloudview.js",
     "cloud.js",
+    "against.js",
     "main.js",
 )
 _OURS = b'<div id="vistvis-explorer"'

@@ -147,6 +147,11 @@ class CloudPainter {
     this.upload();
   }
 
+  clear() {
+    this.texels.fill(0);
+    this.upload();
+  }
+
   draw(ratio, paint) {
     const { gl, eye } = this;
     gl.viewport(0, 0, gl.drawingBufferWidth, gl.drawingBufferHeight);
@@ -249,7 +254,7 @@ const NAME =
 
 /** A pane of the manifest's points. `onQuery(token, pinned)` is called with the patch that is
  *  pointed at (null: none any more) or clicked. `show(values, token)` colours the points by values
- *  over the scene's tokens (NaN: none), in the `{norm, table}` that `colours()` gives, and rings
+ *  over the scene's tokens (NaN: none; null: no values at all), in the `{norm, table}` that `colours()` gives, and rings
  *  the query. */
 export function cloudPane(parent, { manifest, source, layout, onQuery, colours }) {
   const canvas = element("canvas", { tabindex: "0", role: "img", "aria-label": NAME });
@@ -336,8 +341,9 @@ export function cloudPane(parent, { manifest, source, layout, onQuery, colours }
     cloud,
     redraw: changed,
     show(values, token) {
-      painter.colour(values, token, colours());
-      ring = cloud.point(token);
+      if (values) painter.colour(values, token, colours());
+      else painter.clear();
+      ring = values ? cloud.point(token) : null;
       changed();
     },
     destroy() {

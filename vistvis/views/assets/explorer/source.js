@@ -17,7 +17,8 @@ export function pageSource(root = document) {
     manifest,
     image: (batch, frame) => text(`vistvis-image-${batch}-${frame}`),
     bytes: async (number) => {
-      if (fetched) return fetchedSite(manifest.sites[number], number);
+      const headers = [...manifest.sites, ...(manifest.against?.sites ?? [])];
+      if (fetched) return fetchedSite(headers[number], number);
       const base64 = text(`vistvis-site-${number}`);
       if (base64 === null) throw new Error("this page was cut short; make it again");
       return fromBase64(base64);
