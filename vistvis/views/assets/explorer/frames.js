@@ -6,6 +6,8 @@ import { paint, scaleOf } from "./colours.js";
 
 // Of a frame's caption and chips, about, in pixels.
 const CHIPS = 80;
+// One line of frames is easiest to look along, if they come out this wide.
+const EASY = 280;
 
 export const QUERY = "#00d746";
 export const PIN_COLOURS = ["#ff5d8f", "#39b5ff", "#ffb000", "#b388ff", "#00d3c0", "#ff7a45"];
@@ -169,13 +171,12 @@ function stripName(sight, number) {
 
 /** The width of a frame with which `count` of them fill a box of `width` and `height` best. */
 export function fittingSize(count, aspect, width, height, gap) {
-  let best = { across: 0 };
+  let best = 0;
   for (let cols = count; cols >= 1; cols--) {
     const lines = Math.ceil(count / cols);
     const down = (height - (gap + CHIPS) * lines) / lines;
-    const across = Math.min((width - gap * (cols - 1)) / cols, down * aspect);
-    // One line of frames is easier to look along than a larger block with a hole in it.
-    if (across > best.across * (count % cols ? 1.4 : 1.1)) best = { across };
+    best = Math.max(best, Math.min((width - gap * (cols - 1)) / cols, down * aspect));
+    if (cols === count && best >= EASY) break;
   }
-  return Math.max(110, Math.floor(Math.min(best.across, width)));
+  return Math.max(110, Math.floor(Math.min(best, width)));
 }

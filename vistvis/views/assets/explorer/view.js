@@ -206,7 +206,11 @@ export class View {
     const sight = this.sights.get(name);
     const { direction, batch } = this.state;
     const asked = sight.ask(direction, kernel.tensors, token, batch);
-    const call = (n) => kernel[direction](asked.item, n, asked.token);
+    const call = (n) => {
+      const values = kernel[direction](asked.item, n, asked.token);
+      if (values.every(Number.isFinite)) return values;
+      throw new Error(`${name} has NaN or infinite weights here`);
+    };
     const heads = sight.header.shape[1];
     if (typeof head === "number") {
       return { asked: { ...asked, site: name }, field: asked.field(call(head)) };
