@@ -79,7 +79,7 @@ def test_a_run_brings_its_own(captured: Any, tmp_path: Path) -> None:
     )
     with vistvis.open_run(tmp_path / "run") as run:
         manifest = manifest_of(vistvis.explore(run, tmp_path / "page.html"))
-        assert manifest["python"] == f"vistvis.open_run({run.path!r})"
+        assert manifest["python"] == f"run = vistvis.open_run({run.path!r})"
     assert manifest["frames"] == photos
     assert (manifest["title"], len(manifest["images"])) == ("small@random", 2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import subprocess
@@ -34,6 +35,7 @@ found.row(options).then((row) => done(Array.from(row)), (error) => done(String(e
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
+    torch.manual_seed(0)
     return torch.rand(1, 2, 3, 28, 42)
 
 
@@ -103,7 +105,6 @@ def test_a_folder_on_any_static_host(
     folder = tmp_path / "site"
     vistvis.explore(captured, folder=folder, images=images)
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
     with running(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:
         chromium.get(url)
         check_rows(chromium, captured)
@@ -112,15 +113,16 @@ def test_a_folder_on_any_static_host(
         first, second, *_ = sorted(folder.glob("site-*.bin"))
         first.unlink()
         second.write_bytes(second.read_bytes()[:-1] + b"?")
+        chromium.execute_cdp_cmd("Network.clearBrowserCache", {})
         chromium.get(url)
         names = list(captured)
         options = {"site": names[0], "head": 0, "token": 0}
         assert "is not there (404)" in chromium.execute_async_script(ROW, None, options)
         told = chromium.execute_async_script(ROW, None, options | {"site": names[1]})
         assert "was changed or cut short" in told
-        assert isinstance(
-            chromium.execute_async_script(ROW, None, options | {"site": names[2]}), list
-        )
+        row = chromium.execute_async_script(ROW, None, options | {"site": names[2]})
+        assert isinstance(row, list)
+    complaints(chromium)
 
 
 def test_a_folder_opened_as_a_file_says_how(captured: Any, tmp_path: Path, page: Any) -> None:
@@ -186,6 +188,15 @@ def test_a_widget_asks_its_model(captured: Any, images: Any, chromium: Any, tmp_
     widget = vistvis.explore(captured, images=images, static=False)
     arguments = script("widget.js"), widget.manifest, widget.pictures
     assert chromium.execute_async_script(WIDGET, *arguments) == "rendered"
+    name = list(captured)[2]
+    chromium.execute_script("window.row = cell.vistvis.row({ site: arguments[0], token: 5 })", name)
+    until = time.monotonic() + 30
+    while 2 not in chromium.execute_script("return model.asked") and time.monotonic() < until:
+        time.sleep(0.1)
+    data = base64.b64encode(widget._contents.site(2)).decode()
+    chromium.execute_script("model.answer(2, arguments[0])", data)
+    row = "window.row.then((row) => arguments[0](row.reduce((one, other) => one + other)))"
+    assert chromium.execute_async_script(row) == pytest.approx(1, abs=1e-5)
     sent: list[Any] = []
     widget.send = lambda content, buffers=(): sent.append((content, buffers))
     widget._answer(widget, {"site": 1}, [])
@@ -238,7 +249,6 @@ def lab(folder: Path, cell: str) -> Iterator[str]:
             stdout=stream,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env=None,
         )
         try:
             until = time.monotonic() + 60
@@ -288,6 +298,8 @@ def test_a_widget_in_jupyterlab(
         found = "return [...document.querySelectorAll('.vistvis-cell')].find((one) => one.vistvis)"
         cell = wait_for(chromium, found)
         check_rows(chromium, captured, cell)
+        chromium.get("about:blank")
+        complaints(chromium)  # JupyterLab's own
 
 
 def test_the_page_in_a_frame(captured: Any, images: Any, tmp_path: Path, chromium: Any) -> None:

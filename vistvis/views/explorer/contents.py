@@ -165,6 +165,7 @@ def gather(
         warnings.warn(
             f"not in the page: {told}: {omitted[0]['reason']}", VistvisWarning, stacklevel=3
         )
+    opened = f"vistvis.open_run({source.path!r})" if isinstance(source, Run) else "captured"
     manifest = {
         "version": 1,
         "title": title or getattr(source, "model", None) or "attention",
@@ -175,7 +176,7 @@ def gather(
         "sites": headers,
         "omitted": omitted,
         "cmaps": _cmaps(),
-        "python": f"vistvis.open_run({source.path!r})" if isinstance(source, Run) else "captured",
+        "python": f"run = {opened}",
         **cloud,
     }
     if against is not None:
