@@ -62,7 +62,8 @@ def test_what_a_page_carries(captured: Any, tmp_path: Path) -> None:
     grays = np.arange(256).repeat(3).astype(int)
     assert abs(colours.astype(int) - grays).max() <= 1
     # What is seen comes before what is computed with, and nothing is left beside the page.
-    order = [page.read_text().index(word) for word in ("vistvis-image-0-1", "module", "-site-0")]
+    tags_in_order = ('id="vistvis-image-0-1"', 'type="module"', 'id="vistvis-site-0"')
+    order = [page.read_text().index(tag) for tag in tags_in_order]
     assert order == sorted(order)
     assert [file.name for file in page.parent.iterdir()] == ["page.html"]
 
@@ -78,9 +79,22 @@ def test_a_run_brings_its_own(captured: Any, tmp_path: Path) -> None:
     )
     with vistvis.open_run(tmp_path / "run") as run:
         manifest = manifest_of(vistvis.explore(run, tmp_path / "page.html"))
-        assert manifest["python"] == f"vistvis.open_run({run.path!r})"
+        assert manifest["python"] == f"run = vistvis.open_run({run.path!r})"
     assert manifest["frames"] == photos
     assert (manifest["title"], len(manifest["images"])) == ("small@random", 2)
+
+
+def test_points(captured: Any, tmp_path: Path) -> None:
+    """Given, or of the run; without a layout nobody could say whose they are."""
+    page = tmp_path / "page.html"
+    points, cameras = torch.rand(1, 2, 2, 3, 3), torch.rand(2, 3, 4)
+    given = manifest_of(vistvis.explore(captured, page, points=points, cameras=cameras))
+    vistvis.save_run(captured, tmp_path / "run", points=points, cameras=cameras)
+    with vistvis.open_run(tmp_path / "run") as run:
+        assert manifest_of(vistvis.explore(run, page))["points"] == given["points"]
+    assert "points" not in manifest_of(vistvis.explore(captured, page))
+    with pytest.raises(InputError, match="points need a layout"):
+        vistvis.explore(attention(), page, points=points)
 
 
 def test_the_last_sites_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

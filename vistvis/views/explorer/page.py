@@ -11,8 +11,11 @@ import zlib
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from vistvis.errors import InputError
+from vistvis.files import regular_file
 from vistvis.views.explorer.contents import Contents
 
 # In the order in which they are joined: each uses those before it only.
@@ -33,8 +36,12 @@ SCRIPTS = (
     "save.js",
     "words.js",
     "view.js",
+    "cloudview.js",
+    "cloud.js",
+    "against.js",
     "main.js",
 )
+_OURS = b'<div id="vistvis-explorer"'
 _CHUNK = 3 * 2**20  # a multiple of three: pieces of base64 join
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./[\w.]+";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=async |function|class|const)", re.MULTILINE)
@@ -46,9 +53,9 @@ def asset(name: str) -> bytes:
 
 
 @cache
-def script() -> str:
+def script(*more: str) -> str:
     """The modules as one, because a page's policy blocks imports of what it carries."""
-    parts = [asset(name).decode() for name in SCRIPTS]
+    parts = [asset(name).decode() for name in (*SCRIPTS, *more)]
     return "\n".join(_EXPORT.sub("", _IMPORT.sub("", part)) for part in parts)
 
 
@@ -61,14 +68,14 @@ def policy(text: str, *, fetches: bool = False) -> str:
     return (
         f"default-src 'none'; script-src 'sha256-{digest}' 'wasm-unsafe-eval'; worker-src blob:; "
         "style-src 'unsafe-inline'; img-src data: blob:"
-        + ("; connect-src 'self'; frame-ancestors 'none'" if fetches else "")
+        + ("; connect-src 'self'" if fetches else "")
     )
 
 
 def page_parts(contents: Contents, *, with_sites: bool = True) -> Iterator[str]:
     """The page in parts, in the order in which a browser reads them: what is seen comes first.
 
-    Without its sites it fetches them from beside itself, by the names of `site_file`.
+    Without its sites it fetches them from beside itself, by the names of `Contents.site_file`.
     """
     code, manifest = script(), contents.manifest
     data = _inert_json(manifest)
@@ -79,7 +86,7 @@ def page_parts(contents: Contents, *, with_sites: bool = True) -> Iterator[str]:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(str(manifest['title']))}</title>\n"
         f"<style>\n{asset('explorer.css').decode()}</style>\n"
-        f'<div id="vistvis-explorer"{"" if with_sites else " data-folder"}></div>\n'
+        f"{_OURS.decode()}{'' if with_sites else ' data-folder'}></div>\n"
         f'<script type="application/json" id="vistvis-manifest" '
         f'data-crc32="{zlib.crc32(data.encode())}">{data}</script>\n'
     )
@@ -95,14 +102,19 @@ def page_parts(contents: Contents, *, with_sites: bool = True) -> Iterator[str]:
     yield "</html>\n"
 
 
+def check_page(path: Path) -> None:
+    """InputError where something else would be written over."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and a page's file is meant")
+    if path.exists():
+        with regular_file(path) as file:
+            if _OURS not in file.read(2**20):
+                raise InputError(f"{path} is not a page of the explorer; choose another name")
+
+
 def picture_url(jpeg: bytes) -> str:
     """A picture as a browser takes it from anywhere."""
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-
-
-def site_file(number: int) -> str:
-    """What the file of a site is called, beside a page that fetches it; source.js knows it too."""
-    return f"site-{number}.bin"
 
 
 def _inert_json(data: Any) -> str:

@@ -28,7 +28,8 @@ export class Frames {
     this.key = kept;
     this.sight = sight;
     this.direction = direction;
-    const { frames } = this.source.manifest;
+    // Those of one scene after those of another.
+    const frames = this.source.manifest.frames?.slice(batch * sight.panels);
     this.panels = Array.from({ length: sight.panels }, (_, number) => {
       const name = sight.strip ? stripName(sight, number) : frames?.[number]?.name ?? `frame ${number}`;
       const note = sight.strip ? null : frames?.[number]?.note;

@@ -204,8 +204,7 @@ export class View {
   }
 
   /** `{asked, field}` of a token at a site that is loaded; an Error says why there is none. */
-  answerOf(name, token, head) {
-    const kernel = this.loaded.get(name);
+  answerOf(name, token, head, kernel = this.loaded.get(name)) {
     const sight = this.sights.get(name);
     const { direction, batch } = this.state;
     const asked = sight.ask(direction, kernel.tensors, token, batch);
@@ -274,7 +273,7 @@ export class View {
   }
 
   tell(listener) {
-    if (!this.answer || !this.layout || this.sight.strip) return;
+    if (!this.answer || !this.layout || this.sight.strip) return listener(null, null);
     listener(overScene(this.answer.field, this.layout), this.asking.locate(this.token));
   }
 
@@ -339,6 +338,7 @@ export class View {
     if (text) {
       this.answer = null;
       this.frames.clear();
+      for (const listener of this.listeners) this.tell(listener);
     }
   }
 
