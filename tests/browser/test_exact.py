@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,7 +158,7 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=MODELS)
 def case(
     request: pytest.FixtureRequest, chromium: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Case]:
+) -> Case:
     """One page of one model, and its answers to all questions from both kernels."""
     torch.manual_seed(0)
     sites, images = MODELS[request.param]()
@@ -214,7 +215,7 @@ def case(
             scale=scale,
         )[0]
 
-    yield Case(sites, questions, answers, oracle)
+    return Case(sites, questions, answers, oracle)
 
 
 def line(matrix: Tensor, one: Question, shift: int = 0) -> np.ndarray[Any, Any]:
@@ -252,7 +253,7 @@ def test_mistakes_are_seen(case: Case, mistake: str) -> None:
         head = (one.head + 1) % heads if mistake == "swapped heads" else one.head
         if mistake == "dropped mask":
             hidden = attention.mask is not None or attention.segments is not None
-            if not (hidden or attention.weights is None and attention.causal):
+            if not (hidden or (attention.weights is None and attention.causal)):
                 continue
             masks = False
         if mistake == "a token off":
@@ -262,3 +263,78 @@ def test_mistakes_are_seen(case: Case, mistake: str) -> None:
         if np.abs(answer - wrong).max() > 1e-3:
             seen.add(one.site)
     assert seen == could
+
+
+def tampered(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the header of the page's first site, and make the manifest's checksum fit again."""
+    text = path.read_text()
+    tag = text.index('id="vistvis-manifest"')
+    start = text.index(">", tag) + 1
+    end = text.index("</script>", start)
+    manifest = json.loads(text[start:end])
+    change(manifest["sites"][0])
+    data = json.dumps(manifest)
+    head = f'id="vistvis-manifest" data-crc32="{zlib.crc32(data.encode())}">'
+    path.write_text(text[:tag] + head + data + text[end:])
+
+
+LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "checksum": (lambda h: h.update(crc32=1), "changed or cut short"),
+    "missing": (lambda h: h["tensors"].pop("rows"), "it has no rows"),
+    "other shape": (lambda h: h["tensors"]["key"].update(shape=[2, 4, 15, 43]), "its key is"),
+    "more tokens": (lambda h: h.update(shape=[2, 4, 44, 43]), "its query is"),
+    "no shape": (lambda h: h.update(shape=[2, 4, -1, 43]), "its shape is not"),
+    "huge": (
+        lambda h: [
+            h.update(shape=[2, 4, 43, 2**40]),
+            h["tensors"]["key"].update(shape=[2, 4, 16, 2**40]),
+        ],
+        "its key is too short",
+    ),
+    "longer": (
+        lambda h: [
+            h.update(shape=[2, 4, 43, 44]),
+            h["tensors"]["key"].update(shape=[2, 4, 16, 44]),
+        ],
+        "shorter than its shape says",
+    ),
+    "shorter": (
+        lambda h: [
+            h.update(shape=[2, 4, 43, 42]),
+            h["tensors"]["key"].update(shape=[2, 4, 16, 42]),
+        ],
+        "longer than its shape says",
+    ),
+    "outside": (lambda h: h["tensors"]["key"].update(start=10**9), "outside of its data"),
+    "dtype": (lambda h: h["tensors"]["key"].update(dtype="int8"), "its key is no tensor"),
+    "scale": (lambda h: h.update(scale=[1.0]), "its scale is no number"),
+}
+
+
+@pytest.mark.parametrize("without_workers", [False, True])
+def test_lies_are_messages(chromium: Any, tmp_path: Path, without_workers: bool) -> None:
+    page = explore({"plain <b>": made("plain")}, tmp_path / "page.html")
+    original = page.read_text()
+    script = "Object.defineProperty(window, 'Worker', {value: undefined})"
+    if without_workers:
+        added = chromium.execute_cdp_cmd(
+            "Page.addScriptToEvaluateOnNewDocument", {"source": script}
+        )
+    try:
+        for what, (change, message) in {"nothing": (lambda h: None, ""), **LIES}.items():
+            page.write_text(original)
+            tampered(page, change)
+            chromium.get(page.as_uri())
+            said = chromium.execute_async_script(
+                "const done = arguments[0]; window.vistvis.row({site: 'plain <b>', token: 3})"
+                ".then((row) => done(row.length), (error) => done(error.message))"
+            )
+            if what == "nothing":
+                assert said == 43
+            else:
+                assert isinstance(said, str), what
+                assert "plain <b>" in said
+                assert message in said, (what, said)
+    finally:
+        if without_workers:
+            chromium.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
