@@ -88,7 +88,7 @@ export class Against {
     const kernel = this.loaded.get(name);
     if (!kernel) {
       this.clear("Loading the other run …");
-      const again = () => this.shown.schedule();
+      const again = () => this.shown.again();
       const failed = (error) => this.shown.state.site === name && this.clear(error.message);
       this.kernel(name).then((made) => { this.loaded.set(name, made); again(); }, failed);
       return;

@@ -197,6 +197,12 @@ export class View {
     });
   }
 
+  /** Draws again, and tells the listeners, though nothing has changed here. */
+  again() {
+    this.told = null;
+    this.schedule();
+  }
+
   /** A site's kernel, kept; until it is there the page says so. */
   async load(name) {
     if (!this.loaded.has(name)) this.loaded.set(name, await this.kernel(name));
@@ -267,7 +273,9 @@ export class View {
     this.frames.mark(this.outlines);
     this.numbers.show({ place, panel, sight, state, asked, said: this.said,
       under: this.underMouse(field), manifest: this.source.manifest });
-    if (!other) return;
+    const look = JSON.stringify([question, state.norm, state.cmap]);
+    if (look === this.told) return;
+    this.told = look;
     for (const listener of this.listeners) this.tell(listener);
     this.announce(place, panel);
   }
@@ -336,7 +344,7 @@ export class View {
     this.message.textContent = text;
     this.root.removeAttribute("aria-busy");
     if (text) {
-      this.answer = null;
+      this.answer = this.told = null;
       this.frames.clear();
       for (const listener of this.listeners) this.tell(listener);
     }
