@@ -32,6 +32,8 @@ def start_chromium() -> Any:
     options.binary_location = binary
     for word in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,900"):
         options.add_argument(f"--{word}")
+    for word in ("use-angle=swiftshader", "enable-unsafe-swiftshader"):  # WebGL2 in software
+        options.add_argument(f"--{word}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     # With its path said, selenium asks no server for a driver.
     service = webdriver.ChromeService(executable_path=driver)

@@ -32,6 +32,8 @@ examples:
       some blocks of a timm model
   vistvis explore runs/fern --out fern.html
       a stored run, as one file that needs no network and can be mailed
+  vistvis explore runs/a --against runs/b
+      two checkpoints, or two runs of one scene: side by side, and their difference
 """
 
 
@@ -45,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", metavar="NAME", help=text)
     text = "which sites (default: the model's suggested block; of a run what fits 100 MB)"
     parser.add_argument("--sites", nargs="+", metavar="GLOB", help=text)
+    text = "another run of the same pictures: both side by side, and their difference"
+    parser.add_argument("--against", metavar="RUN", help=text)
     _options.add_place(parser)
     places = parser.add_mutually_exclusive_group()
     text = f"the page's file (default {_OUT})"
@@ -82,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_page(folder / "index.html" if folder else arguments.out)
     stored = next((text for text in photos if _options.is_run(text)), None)
     if stored is None:
+        if arguments.against:
+            raise InputError("--against goes with a run; store the photographs: vistvis store")
         return _of_photos(arguments)
     if len(photos) > 1:
         raise InputError(f"one run or photographs are shown, got {stored} among {len(photos)}")
@@ -93,8 +99,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _of_run(arguments: argparse.Namespace) -> int:
     from vistvis.store import open_run
 
-    with open_run(arguments.photos[0]) as stored:
-        return _show(arguments, stored)
+    with contextlib.ExitStack() as opened:
+        stored = opened.enter_context(open_run(arguments.photos[0]))
+        other = opened.enter_context(open_run(arguments.against)) if arguments.against else None
+        return _show(arguments, stored, against=other)
 
 
 def _of_photos(arguments: argparse.Namespace) -> int:
@@ -144,14 +152,20 @@ def _suggested(loaded: LoadedModel) -> list[str]:
     return [names[block if block < len(names) else -1] for names in kinds.values()]
 
 
-def _show(arguments: argparse.Namespace, source: Mapping[str, Attention], **given: Any) -> int:
+def _show(
+    arguments: argparse.Namespace,
+    source: Mapping[str, Attention],
+    *,
+    against: Mapping[str, Attention] | None = None,
+    **given: Any,
+) -> int:
     """Pack, write or serve, tell and open."""
     from vistvis.attention.checks import bytes_text
     from vistvis.views.explorer.contents import MOST_BYTES, choose, gather, page_bytes
     from vistvis.views.explorer.folder import write_folder
     from vistvis.views.explorer.front import write_page
 
-    chosen = choose(source, arguments.sites)
+    chosen = choose(source, arguments.sites, against=against)
     if (size := page_bytes(chosen)) > MOST_BYTES:
         count = len(chosen.names)
         less = f"--sites {shlex.quote(chosen.names[-1])}"
@@ -159,7 +173,7 @@ def _show(arguments: argparse.Namespace, source: Mapping[str, Attention], **give
     place = None if arguments.serve else arguments.folder or arguments.out.parent
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
-    contents = gather(source, chosen, near=place, **given)
+    contents = gather(source, chosen, near=place, against=against, **given)
     with contents.spool:
         if arguments.serve:
             return _serve(contents, arguments)
@@ -177,6 +191,8 @@ def _show(arguments: argparse.Namespace, source: Mapping[str, Attention], **give
     if not _opened(path.resolve().as_uri(), arguments):
         print(f"open it in a browser: {path.resolve().as_uri()}")
     words = shlex.join(arguments.photos)
+    if against is not None:
+        words += f" --against {shlex.quote(arguments.against)}"
     if given and not arguments.sites:
         model = f" --model {shlex.quote(arguments.model)}" if arguments.model else ""
         print(f"next: vistvis explore {words}{model} --sites '**'   (all sites)")

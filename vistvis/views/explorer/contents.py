@@ -20,6 +20,7 @@ from vistvis.names import few
 from vistvis.progress import progress as bar
 from vistvis.store import Run
 from vistvis.tokens import TokenLayout
+from vistvis.views.explorer.against import labels_of, shared_sites
 from vistvis.views.explorer.packing import pack_site, packed_bytes
 from vistvis.views.explorer.points import point_record
 from vistvis.views.maps import Scene, chosen_names, last_of, layout_of, pictures_of
@@ -62,27 +63,39 @@ class Contents:
 
         A changed site has another name, so that no cache and no half-copied folder mixes two pages.
         """
-        return f"site-{number}-{self.manifest['sites'][number]['crc32']:08x}.bin"
+        headers = [*self.manifest["sites"], *self.manifest.get("against", {}).get("sites", [])]
+        return f"site-{number}-{headers[number]['crc32']:08x}.bin"
 
     def sites(self) -> Iterator[bytes]:
         """The data of one site after another."""
         return map(self.site, range(len(self.places)))
 
 
-def choose(source: Mapping[str, Attention], sites: str | Sequence[str] | None) -> Chosen:
+def choose(
+    source: Mapping[str, Attention],
+    sites: str | Sequence[str] | None,
+    *,
+    against: Mapping[str, Attention] | None = None,
+) -> Chosen:
     """The sites that are named; by default the last ones that fit `MOST_BYTES` together.
 
-    Those that can't be read are left out, and of several sites under one name all but the last.
+    Those that can't be read are left out, and of several sites under one name all but the last;
+    with `against` also those that it does not have alike.
     SiteError if `sites` match nothing, InputError if no site can be shown; its text says why.
     """
     names = chosen_names(source, sites)
     taken: dict[str, int] = {}
     omitted: dict[str, str] = {}
     full = False
-    for name in reversed(names):
+    shared = names
+    if against is not None:
+        shared, left_out = shared_sites(source, against, names)
+        omitted = {one["name"]: one["reason"] for one in left_out}
+    for name in reversed(shared):
         if not full:
             try:
-                nbytes = packed_bytes(last_of(source[name]))
+                runs = [source] if against is None else [source, against]
+                nbytes = sum(packed_bytes(last_of(run[name])) for run in runs)
             except (CaptureError, InputError) as error:
                 omitted[name] = str(error)
                 continue
@@ -109,6 +122,7 @@ def gather(
     title: str | None = None,
     names: Sequence[str] | None = None,
     near: Path | None = None,
+    against: Mapping[str, Attention] | None = None,
     progress: bool | None = None,
 ) -> Contents:
     """Pack the chosen sites one after another into a file without a name, in the folder `near`.
@@ -128,16 +142,20 @@ def gather(
         cloud = {"points": record}
     omitted = list(chosen.omitted)
     headers: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []  # of the run to set against this one, after all of these
     places: list[tuple[int, int]] = []
     # Not in memory, and not yet in the page: its head needs every site's checksum.
     spool = tempfile.TemporaryFile(dir=near)  # noqa: SIM115 - lives as long as the contents
-    for name in bar(list(chosen.names), "packing", shown=progress, unit="site", delay=0.5):
+    wanted = [(source, name, headers) for name in chosen.names]
+    if against is not None:
+        wanted += [(against, name, others) for name in chosen.names]
+    for run, name, packed_headers in bar(wanted, "packing", shown=progress, unit="site", delay=0.5):
         try:
-            packed = pack_site(name, last_of(source[name]))
+            packed = pack_site(name, last_of(run[name]))
         except (CaptureError, InputError) as error:
             omitted.append({"name": name, "reason": str(error)})
             continue
-        headers.append(packed.header)
+        packed_headers.append(packed.header)
         places.append((spool.tell(), len(packed.data)))
         spool.write(packed.data)
     if not headers:
@@ -161,6 +179,8 @@ def gather(
         "python": f"run = {opened}",
         **cloud,
     }
+    if against is not None:
+        manifest["against"] = {"labels": labels_of(source, against), "sites": others}
     return Contents(manifest, pictures, tuple(places), spool)
 
 

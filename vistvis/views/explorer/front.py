@@ -26,6 +26,7 @@ def explore(
     sites: str | Sequence[str] | None = None,
     title: str | None = None,
     names: Sequence[str] | None = None,
+    against: Attention | Mapping[str, Attention] | None = None,
     folder: PathLike | None = None,
     static: bool | None = None,
     progress: bool | None = None,
@@ -56,6 +57,9 @@ def explore(
         What stands above; by default the model of the run.
     names
         What each picture is called; by default as the run has it, or by its number.
+    against
+        A second source of the same pictures, such as a run of another checkpoint: both are shown
+        side by side, with their difference, at the sites that both have alike; others are named.
     folder
         Instead of `out`: a folder for `index.html` and one binary a site, which any host of static
         files can serve. A browser shows it over http only; `python -m http.server` will do.
@@ -75,8 +79,8 @@ def explore(
     SiteError
         If `sites` match nothing.
     InputError
-        If no site can be shown, a file that is something else is in the way, or images or names
-        do not fit; `static=False` without the extra `widget`.
+        If no site can be shown, or none is alike in `against`; a file that is something else is in
+        the way; images or names do not fit; `static=False` without the extra `widget`.
 
     Cost: each site is read once, and the maxima and sums of its rows are computed,
     `B·h·Nq·Nk·d` multiply-adds in float64; one site is in memory at a time. The file takes at most
@@ -84,7 +88,8 @@ def explore(
     """
     source = _mapping(source)
     path = _target(out, folder)
-    chosen = choose(source, sites)
+    other = None if against is None else _mapping(against)
+    chosen = choose(source, sites, against=other)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     contents = gather(
@@ -96,6 +101,7 @@ def explore(
         cameras=cameras,
         title=title,
         names=names,
+        against=other,
         near=None if path is None else path.parent,
         progress=progress,
     )

@@ -36,6 +36,9 @@ SCRIPTS = (
     "save.js",
     "words.js",
     "view.js",
+    "cloudview.js",
+    "cloud.js",
+    "against.js",
     "main.js",
 )
 _OURS = b'<div id="vistvis-explorer"'

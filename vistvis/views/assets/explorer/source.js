@@ -17,7 +17,8 @@ export function pageSource(root = document) {
     manifest,
     image: (batch, frame) => text(`vistvis-image-${batch}-${frame}`),
     bytes: async (number) => {
-      if (fetched) return fetchedSite(manifest.sites[number], number);
+      const headers = [...manifest.sites, ...(manifest.against?.sites ?? [])];
+      if (fetched) return fetchedSite(headers[number], number);
       const tag = await readTag(root, `vistvis-site-${number}`);
       if (!tag) throw new Error("this page was cut short; make it again");
       return fromBase64(tag.textContent);
