@@ -16,7 +16,7 @@ from typing import Any
 from vistvis.views.explorer.packing import PackedSite
 
 # In the order in which they are joined: each uses those before it only.
-SCRIPTS = ("decode.js", "kernel.js", "layout.js", "source.js", "main.js")
+SCRIPTS = ("decode.js", "wasm.js", "kernel.js", "layout.js", "source.js", "main.js")
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./[\w.]+";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=async |function|class|const)", re.MULTILINE)
 
@@ -29,7 +29,8 @@ def asset(name: str) -> bytes:
 @cache
 def script() -> str:
     """The modules as one, because a page's policy blocks imports of what it carries."""
-    parts = [asset(name).decode() for name in SCRIPTS]
+    kernel = base64.b64encode(asset("kernel.wasm")).decode()
+    parts = [f'const KERNEL_WASM = "{kernel}";', *(asset(name).decode() for name in SCRIPTS)]
     return "\n".join(_EXPORT.sub("", _IMPORT.sub("", part)) for part in parts)
 
 
