@@ -3,7 +3,7 @@
 
 import { crc32, fromBase64 } from "./decode.js";
 
-/** Everything in inert script tags of the page itself. */
+/** What a page carries in inert script tags; its sites from beside it where it was made so. */
 export function pageSource(root = document) {
   const text = (id) => root.getElementById(id)?.textContent ?? null;
   const json = text("vistvis-manifest");
@@ -11,9 +11,54 @@ export function pageSource(root = document) {
   if (crc32(new TextEncoder().encode(json)) !== said) {
     throw new Error("this page was changed or cut short; make it again");
   }
+  const manifest = JSON.parse(json);
+  const fetched = "folder" in root.getElementById("vistvis-explorer").dataset;
   return {
-    manifest: JSON.parse(json),
+    manifest,
     image: (batch, frame) => text(`vistvis-image-${batch}-${frame}`),
-    bytes: async (number) => fromBase64(text(`vistvis-site-${number}`)),
+    bytes: async (number) => {
+      if (fetched) return fetchedSite(manifest.sites[number], number);
+      const base64 = text(`vistvis-site-${number}`);
+      if (base64 === null) throw new Error("this page was cut short; make it again");
+      return fromBase64(base64);
+    },
+  };
+}
+
+async function fetchedSite(header, number) {
+  const file = `site-${number}-${header.crc32.toString(16).padStart(8, "0")}.bin`;
+  let answer;
+  try {
+    answer = await fetch(file);
+  } catch {
+    const how = "it is opened over http: vistvis explore --serve, or python -m http.server";
+    throw new Error(`${file}, the data of ${header.name}, can't be reached; ${how}`);
+  }
+  if (!answer.ok) {
+    throw new Error(`${file}, the data of ${header.name}, is not there (${answer.status})`);
+  }
+  return new Uint8Array(await answer.arrayBuffer());
+}
+
+/** What a notebook's kernel has: `model` is anywidget's. */
+export function modelSource(model) {
+  const waiting = new Map();
+  model.on("msg:custom", ({ site, error }, buffers) => {
+    const { resolve, reject } = waiting.get(site) ?? {};
+    waiting.delete(site);
+    if (error) reject?.(new Error(error));
+    else resolve?.(new Uint8Array(buffers[0].buffer, buffers[0].byteOffset, buffers[0].byteLength));
+  });
+  const pictures = model.get("pictures");
+  return {
+    manifest: model.get("manifest"),
+    image: (batch, frame) => pictures[`${batch}-${frame}`] ?? null,
+    bytes: (number) =>
+      new Promise((resolve, reject) => {
+        waiting.set(number, { resolve, reject });
+        const asleep = () => reject(new Error("the kernel does not answer; run the cell again"));
+        setTimeout(asleep, 120000);
+        model.send({ site: number });
+      }),
   };
 }
