@@ -346,3 +346,19 @@ def test_lies_are_messages(chromium: Any, tmp_path: Path, without_workers: bool)
     finally:
         if without_workers:
             chromium.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+def test_where_wasm_cannot_run_it_is_javascript(chromium: Any, tmp_path: Path) -> None:
+    page = explore({"plain": made("plain")}, tmp_path / "page.html")
+    script = "Object.defineProperty(window, 'WebAssembly', {value: undefined})"
+    added = chromium.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+    try:
+        chromium.get(page.as_uri())
+        js, wasm = (
+            chromium.execute_async_script(ASK, [Question("plain", 1, 2, 3, False).options(kernel)])
+            for kernel in ("js", "wasm")
+        )
+        assert not js.startswith("error")
+        assert js == wasm
+    finally:
+        chromium.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
