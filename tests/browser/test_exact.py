@@ -179,7 +179,7 @@ def case(
         b, h, at = (int(generator.integers(n)) for n in (batch, heads, side))
         questions.append(Question(name, b, h, at, bool(number % 2)))
     answers = {}
-    for kernel in ("js",):
+    for kernel in ("js", "wasm"):
         said = chromium.execute_async_script(ASK, [one.options(kernel) for one in questions])
         assert not said.startswith("error"), said
         flat, parts = np.frombuffer(base64.b64decode(said), np.float32), []
@@ -230,7 +230,7 @@ def largest_logit(attention: Attention) -> float:
     return float(logits[logits.isfinite()].abs().max())
 
 
-@pytest.mark.parametrize("kernel", ["js"])
+@pytest.mark.parametrize("kernel", ["js", "wasm"])
 def test_rows_and_columns_are_exact(case: Case, kernel: str) -> None:
     sharpest = dict.fromkeys(case.sites, 0.0)
     logits = {name: largest_logit(attention) for name, attention in case.sites.items()}
@@ -241,6 +241,14 @@ def test_rows_and_columns_are_exact(case: Case, kernel: str) -> None:
         assert np.abs(answer - expected).max() <= TOLERANCE + more, one
         sharpest[one.site] = max(sharpest[one.site], float(expected.max()))
     assert min(sharpest.values()) > 0.1, sharpest  # near-uniform rows would hide mistakes
+
+
+def test_both_kernels_ran(case: Case) -> None:
+    """Float32 sums round otherwise than float64 ones: equal answers would be of one kernel."""
+    plain = [a.weights is None and a.mask is None for a in case.sites.values()]
+    pairs = zip(case.answers["js"], case.answers["wasm"], strict=True)
+    if any(plain):
+        assert any(not np.array_equal(js, wasm) for js, wasm in pairs)
 
 
 @pytest.mark.parametrize("mistake", ["swapped heads", "dropped mask", "a token off"])
@@ -338,3 +346,19 @@ def test_lies_are_messages(chromium: Any, tmp_path: Path, without_workers: bool)
     finally:
         if without_workers:
             chromium.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+def test_where_wasm_cannot_run_it_is_javascript(chromium: Any, tmp_path: Path) -> None:
+    page = explore({"plain": made("plain")}, tmp_path / "page.html")
+    script = "Object.defineProperty(window, 'WebAssembly', {value: undefined})"
+    added = chromium.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+    try:
+        chromium.get(page.as_uri())
+        js, wasm = (
+            chromium.execute_async_script(ASK, [Question("plain", 1, 2, 3, False).options(kernel)])
+            for kernel in ("js", "wasm")
+        )
+        assert not js.startswith("error")
+        assert js == wasm
+    finally:
+        chromium.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)

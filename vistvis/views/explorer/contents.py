@@ -185,8 +185,8 @@ def gather(
 
 
 def page_bytes(chosen: Chosen) -> int:
-    """About how large a page of these sites gets, pictures aside: base64 of what packs to 0.85."""
-    return int(chosen.nbytes * 0.85 * 4 / 3)
+    """About how large a page of these sites gets, pictures aside: base64 of what is packed."""
+    return chosen.nbytes * 4 // 3
 
 
 def _layout(

@@ -90,7 +90,7 @@ def pack_site(name: str, attention: Attention) -> PackedSite:
 
 
 def packed_bytes(attention: Attention) -> int:
-    """About how many bytes a site takes in a page, by packing one head of each tensor."""
+    """About how many bytes of data `pack_site` gives, by packing one head of each tensor."""
     if attention.weights is not None:
         tensors = [attention.weights]
     else:
@@ -106,7 +106,7 @@ def packed_bytes(attention: Attention) -> int:
             one = tensor.flatten(0, -3)[0]
             ratio = sum(map(len, _deflated(one))) / (one.numel() * one.itemsize)
             size += ratio * tensor.numel() * tensor.itemsize
-    return round(size * 4 / 3)  # base64
+    return round(size)
 
 
 def _sent_mask(mask: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from vistvis.views.explorer.contents import Contents
 # In the order in which they are joined: each uses those before it only.
 SCRIPTS = (
     "decode.js",
+    "wasm.js",
     "kernel.js",
     "layout.js",
     "source.js",
@@ -55,7 +56,9 @@ def asset(name: str) -> bytes:
 @cache
 def script(*more: str) -> str:
     """The modules as one, because a page's policy blocks imports of what it carries."""
-    parts = [asset(name).decode() for name in (*SCRIPTS, *more)]
+    kernel = base64.b64encode(asset("kernel.wasm")).decode()
+    names = (*SCRIPTS, *more)
+    parts = [f'const KERNEL_WASM = "{kernel}";', *(asset(name).decode() for name in names)]
     return "\n".join(_EXPORT.sub("", _IMPORT.sub("", part)) for part in parts)
 
 

@@ -67,9 +67,10 @@ export function mount(element, source) {
       look();
     }),
     sites: source.manifest.sites.map(({ name, shape, site }) => ({ name, shape, kind: site?.kind })),
-    row: async ({ site, batch = 0, head = 0, token }) => (await kernel(site)).row(batch, head, token),
-    column: async ({ site, batch = 0, head = 0, key }) =>
-      (await kernel(site)).column(batch, head, key),
+    row: async ({ site, batch = 0, head = 0, token, kernel: kind }) =>
+      (await kernel(site)).row(batch, head, token, kind),
+    column: async ({ site, batch = 0, head = 0, key, kernel: kind }) =>
+      (await kernel(site)).column(batch, head, key, kind),
     get state() { return structuredClone(shown.state); },
     set: (change) => shown.set(change),
     text: (kind) => shown.numbers.text(kind),
