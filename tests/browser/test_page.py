@@ -221,6 +221,20 @@ def test_hover_previews_and_clicks_pin(shown: Any) -> None:
     assert press(shown, "\ue00c")["pins"] == []  # Escape
 
 
+def test_a_strong_key_is_outlined_where_it_is_pointed_at(shown: Any) -> None:
+    from selenium.webdriver.common.by import By
+
+    put(shown, site="global", head=0, token=40, pins=[40])
+    top = reading(shown)["strongest"][1]
+    shown.execute_script("document.querySelectorAll('.strongest button')[1].focus()")
+    assert settled(shown, "return document.querySelectorAll('.mark.key, .chip.marked').length") == 1
+    place = LAYOUT.locate(top["token"])
+    assert text(shown, ".under").startswith(f"frame {place.frame} ")
+    shown.switch_to.active_element.click()
+    assert state(shown)["token"] == top["token"]
+    assert shown.find_elements(By.CSS_SELECTOR, ".pins li button[aria-pressed=true]") == []
+
+
 def test_special_tokens_ask_and_show_their_weight(
     shown: Any, made: tuple[dict[str, Attention], Path]
 ) -> None:
@@ -264,6 +278,19 @@ def test_a_site_without_a_layout_is_a_strip(
     row = made[0]["plain"].rows(17, batch=0, heads=0)[0, 0, 0]
     assert reading(shown)["strongest"][0]["token"] == int(row.argmax())
     assert text(shown, "figcaption") == "81 tokens"
+
+
+def test_listeners_hear_the_weights_over_the_scene(
+    shown: Any, made: tuple[dict[str, Attention], Path]
+) -> None:
+    put(shown, site="frame", head=0, token=30, pins=[])
+    settled(shown, "vistvis.view.onRow((values, query) => { window.heard = [values, query] })")
+    put(shown, token=31)
+    values, query = settled(shown, "return [Array.from(window.heard[0]), window.heard[1]]")
+    assert (query["token"], query["frame"]) == (31, 1)
+    row = made[0]["frame"].rows(4, batch=1, heads=0)[0, 0, 0]
+    assert np.allclose(np.array(values[27:54], float), row.numpy(), atol=2e-6)
+    assert np.isnan(np.array([one if one is not None else np.nan for one in values[:27]])).all()
 
 
 def test_keyboard(shown: Any) -> None:

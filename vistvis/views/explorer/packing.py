@@ -8,6 +8,7 @@ is the other half.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vistvis.attention import Attention, SiteInfo
+from vistvis.attention.arithmetic import unexpanded
 from vistvis.attention.order import TokenOrder
 from vistvis.errors import InputError
 
@@ -44,7 +46,8 @@ def pack_site(name: str, attention: Attention) -> PackedSite:
     `ROWS_MEASURED` rows; then as float32. `header["difference"]` is what was measured. InputError
     for attention with functions of indices, which a browser can't call.
 
-    Cost: maxima and sums of all rows in float64, `B·h·Nq·Nk·d` multiply-adds.
+    Cost: maxima and sums of all rows in float64, `B·h·Nq·Nk·d` multiply-adds; beside what goes
+    out, one head in float64 and some 16 MB are held.
     """
     if attention.score_mod or attention.mask_mod:
         raise InputError(f"{name}: a function of indices computes its mask, which no page can call")
@@ -66,8 +69,7 @@ def pack_site(name: str, attention: Attention) -> PackedSite:
         tensors["query"], tensors["key"] = rounded.query.mT, rounded.key.mT
         tensors["rows"] = _maximum_and_sum(rounded)
         if rounded.mask is not None:
-            mask = rounded.mask
-            tensors["mask"] = mask.to(torch.uint8) if mask.dtype == torch.bool else mask.float()
+            tensors["mask"] = _sent_mask(rounded.mask)
         if rounded.segments is not None:
             tensors["segments"] = rounded.segments.int()
     if attention.site is not None:
@@ -88,16 +90,43 @@ def pack_site(name: str, attention: Attention) -> PackedSite:
 
 
 def packed_bytes(attention: Attention) -> int:
-    """About how many bytes a site takes in a page, before it is packed."""
+    """About how many bytes a site takes in a page, by packing one head of each tensor."""
     if attention.weights is not None:
-        return attention.weights.numel() * 4
-    mask = 0 if attention.mask is None else attention.mask.numel()
-    return 2 * (attention.query.numel() + attention.key.numel()) + mask
+        tensors = [attention.weights]
+    else:
+        both = [attention.query.detach().cpu(), attention.key.detach().cpu()]
+        largest = max((float(one.abs().max()) for one in both if one.numel()), default=0.0)
+        half = largest <= torch.finfo(torch.float16).max
+        tensors = [one.to(torch.float16 if half else torch.float32).mT for one in both]
+        if attention.mask is not None:
+            tensors.append(_sent_mask(attention.mask))
+    size = 0.0 if attention.weights is not None else 7.0 * math.prod(attention.shape[:3])  # rows
+    for tensor in tensors:
+        if tensor.numel():
+            one = tensor.flatten(0, -3)[0]
+            ratio = sum(map(len, _deflated(one))) / (one.numel() * one.itemsize)
+            size += ratio * tensor.numel() * tensor.itemsize
+    return round(size * 4 / 3)  # base64
+
+
+def _sent_mask(mask: Tensor) -> Tensor:
+    """A mask as it goes out, of four dimensions without what `expand` repeated: bytes, or float32.
+
+    What leaves the range of float32 hides a key as it did before.
+    """
+    mask = unexpanded(mask.detach().cpu()[(None,) * (4 - mask.ndim)])
+    if mask.dtype == torch.bool:
+        return mask.to(torch.uint8)
+    lowest = torch.finfo(torch.float32).min
+    return torch.where(mask.isneginf(), mask, mask.clamp(min=lowest)).float()
 
 
 def _rounded(attention: Attention) -> tuple[Attention, float]:
     """The attention with halves for queries and keys, or floats; and how far its rows lie apart."""
     attention = attention.detach().cpu()
+    mask = attention.mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = _sent_mask(mask)  # maxima and sums must be of what goes out
     for dtype in (torch.float16, torch.float32):
         query, key = attention.query.to(dtype), attention.key.to(dtype)
         if dtype == torch.float16 and not bool(query.isfinite().all() and key.isfinite().all()):
@@ -106,7 +135,7 @@ def _rounded(attention: Attention) -> tuple[Attention, float]:
             query=query,
             key=key,
             scale=attention.scale,
-            mask=attention.mask,
+            mask=mask,
             causal=attention.causal,
             segments=attention.segments,
             site=attention.site,
@@ -136,9 +165,8 @@ def _maximum_and_sum(attention: Attention) -> Tensor:
     The sum is that of exp(logit − maximum) with the maximum as it is rounded to float32, so that
     both together are as exact as the sum alone.
     """
-    exact = attention.to(torch.float64)
     out = torch.empty(2, *attention.shape[:3])
-    for (b, h, q), logits in _logit_blocks(exact):
+    for (b, h, q), logits in _logit_blocks(attention):
         maximum = logits.amax(-1).float() if logits.shape[-1] else logits.new_zeros(()).float()
         maximum = torch.where(maximum.isinf(), 0.0, maximum)
         out[0, b, h, q] = maximum
@@ -151,9 +179,28 @@ def _logit_blocks(attention: Attention) -> Iterator[tuple[tuple[int, int, slice]
     step = max(1, _CHUNK // 8 // max(1, keys))
     for b in range(batch):
         for h in range(heads):
+            head = _one_head(attention, b, h)
             for start in range(0, queries, step):
                 rows = slice(start, min(start + step, queries))
-                yield (b, h, rows), attention.logits(rows, batch=b, heads=h)[0, 0]
+                yield (b, h, rows), head.logits(rows)[0, 0]
+
+
+def _one_head(attention: Attention, batch: int, head: int) -> Attention:
+    """One head in float64: all of them would be four times what goes out."""
+    at, key_head = slice(batch, batch + 1), head // attention.groups
+    scale, mask = attention.scale, attention.mask
+    if mask is not None:
+        mask = mask.expand(attention.shape)[at, head : head + 1]
+        mask = mask if mask.dtype == torch.bool else mask.double()
+    return Attention(
+        query=attention.query[at, head : head + 1].double(),
+        key=attention.key[at, key_head : key_head + 1].double(),
+        scale=scale.reshape(-1)[head].item() if isinstance(scale, Tensor) else scale,
+        mask=mask,
+        causal=attention.causal,
+        segments=attention.segments,
+        site=attention.site,
+    )
 
 
 def _orders(site: SiteInfo) -> dict[str, Tensor]:
@@ -172,10 +219,13 @@ def _orders(site: SiteInfo) -> dict[str, Tensor]:
 
 def _deflated(tensor: Tensor) -> Iterator[bytes]:
     """The tensor's bytes, those of one place in a number together, deflated."""
-    array = np.ascontiguousarray(tensor.detach().cpu().numpy())
-    planes = array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize)
     packer = zlib.compressobj(_LEVEL)
-    for place in range(array.itemsize):
-        for start in range(0, len(planes), _CHUNK):
-            yield packer.compress(np.ascontiguousarray(planes[start : start + _CHUNK, place]))
+    matrices = tensor.detach().cpu()
+    matrices = matrices.flatten(0, -3) if tensor.ndim > 2 else matrices[None]
+    for place in range(tensor.itemsize):
+        for matrix in matrices:  # laid out one at a time: all of them transposed would be a copy
+            array = np.ascontiguousarray(matrix.numpy()).reshape(-1)
+            planes = array.view(np.uint8).reshape(-1, array.itemsize)
+            for start in range(0, len(planes), _CHUNK):
+                yield packer.compress(planes[start : start + _CHUNK, place].tobytes())
     yield packer.flush()

@@ -6,8 +6,9 @@ import { paint, scaleOf } from "./colours.js";
 
 // Of a frame's caption and chips, about, in pixels.
 const CHIPS = 80;
-// One line of frames is easiest to look along, if they come out this wide.
-const EASY = 280;
+// One line of frames is easier to look along than several, even if they come out this much smaller.
+const EASY = 0.7;
+const SMALLEST = 110;
 
 export const QUERY = "#00d746";
 export const PIN_COLOURS = ["#ff5d8f", "#39b5ff", "#ffb000", "#b388ff", "#00d3c0", "#ff7a45"];
@@ -172,12 +173,12 @@ function stripName(sight, number) {
 
 /** The width of a frame with which `count` of them fill a box of `width` and `height` best. */
 export function fittingSize(count, aspect, width, height, gap) {
-  let best = 0;
-  for (let cols = count; cols >= 1; cols--) {
-    const lines = Math.ceil(count / cols);
+  const sizes = Array.from({ length: count }, (_, n) => {
+    const lines = Math.ceil(count / (n + 1));
     const down = (height - (gap + CHIPS) * lines) / lines;
-    best = Math.max(best, Math.min((width - gap * (cols - 1)) / cols, down * aspect));
-    if (cols === count && best >= EASY) break;
-  }
-  return Math.max(110, Math.floor(Math.min(best, width)));
+    return Math.min((width - gap * n) / (n + 1), down * aspect);
+  });
+  const best = Math.max(...sizes);
+  const one = sizes.at(-1);
+  return Math.max(SMALLEST, Math.floor(one > EASY * best ? one : best));
 }

@@ -16,6 +16,24 @@ function rowMajor(tensor, index, d, count) {
   return out;
 }
 
+// Matrices of heads, the last used last: as many as fit.
+const MOST_KEPT = 400 * 2 ** 20;
+const matrices = new Map();
+let kept = 0;
+let kernels = 0;
+
+function keptMatrix(name, make) {
+  const found = matrices.get(name) ?? make();
+  if (!matrices.delete(name)) kept += found.byteLength;
+  matrices.set(name, found);
+  for (const [oldest, matrix] of matrices) {
+    if (kept <= MOST_KEPT || oldest === name) break;
+    matrices.delete(oldest);
+    kept -= matrix.byteLength;
+  }
+  return found;
+}
+
 /** `scale · one · many[n]` for n in [start, end), four at a time. */
 function products(one, many, d, scale, start, end, out) {
   let n = start;
@@ -54,19 +72,27 @@ export class Kernel {
     this.tensors = tensors;
     [this.batch, this.heads, this.queries, this.keys] = header.shape;
     this.d = tensors.query ? tensors.query.shape[2] : 0;
-    this.matrices = new Map();
+    this.number = kernels++;
     this.logits = new Float64Array(Math.max(this.queries, this.keys));
   }
 
-  /** Queries or keys of one head; those of the last used heads are kept. */
+  /** Queries or keys of one head, row after row. */
   matrix(side, batch, head) {
     const tensor = this.tensors[side];
     const index = batch * tensor.shape[1] + head;
-    const key = `${side} ${index}`;
-    if (!this.matrices.has(key)) {
-      this.matrices.set(key, rowMajor(tensor, index, this.d, tensor.shape[3]));
-    }
-    return this.matrices.get(key);
+    const make = () => rowMajor(tensor, index, this.d, tensor.shape[3]);
+    return keptMatrix(`${this.number} ${side} ${index}`, make);
+  }
+
+  /** One query or key, `(d)`. */
+  vector(side, batch, head, token) {
+    const { data, shape, dtype } = this.tensors[side];
+    const start = (batch * shape[1] + head) * this.d * shape[3] + token;
+    const table = dtype === "float16" ? halfTable() : null;
+    return Float32Array.from({ length: this.d }, (_, c) => {
+      const value = data[start + c * shape[3]];
+      return table ? table[value] : value;
+    });
   }
 
   scale(head) {
@@ -116,7 +142,7 @@ export class Kernel {
       return out;
     }
     const d = this.d;
-    const one = this.matrix("query", batch, head).subarray(token * d, (token + 1) * d);
+    const one = this.vector("query", batch, head, token);
     const many = this.matrix("key", batch, Math.floor(head / this.header.groups));
     let [start, end] = this.segment(token);
     if (this.header.causal) end = Math.min(end, token + 1);
@@ -148,7 +174,7 @@ export class Kernel {
     }
     const d = this.d;
     const group = Math.floor(head / this.header.groups);
-    const one = this.matrix("key", batch, group).subarray(key * d, (key + 1) * d);
+    const one = this.vector("key", batch, group, key);
     const many = this.matrix("query", batch, head);
     let [start, end] = this.segment(key);
     end = Math.min(end, count);

@@ -5,18 +5,20 @@ import { fieldMaps } from "./scene.js";
 import { paint, scaleOf } from "./colours.js";
 
 const GAP = 1;
+const PER_LINE = 4;
 
-/** A field's frames beside one another in one small canvas, by a scale of their own. */
-function smallCanvas(field, norm, own, table) {
+/** All panels beside one another in one small canvas, by a scale of their own. */
+function smallCanvas(field, panels, norm, own, table) {
   const maps = fieldMaps(field);
+  const [rows, cols] = field.layout.grid;
+  const perLine = Math.min(panels, PER_LINE);
   const canvas = element("canvas");
-  canvas.width = maps.reduce((sum, { grid }) => sum + grid[1] + GAP, -GAP);
-  canvas.height = Math.max(...maps.map(({ grid }) => grid[0]));
+  canvas.width = perLine * (cols + GAP) - GAP;
+  canvas.height = Math.ceil(panels / perLine) * (rows + GAP) - GAP;
   const scale = scaleOf(maps, norm, own);
-  let x = 0;
   for (const map of maps) {
-    paint(canvas, map, scale, table, [x, 0]);
-    x += map.grid[1] + GAP;
+    const [line, nth] = [Math.floor(map.panel / perLine), map.panel % perLine];
+    paint(canvas, map, scale, table, [nth * (cols + GAP), line * (rows + GAP)]);
   }
   return canvas;
 }
@@ -28,7 +30,7 @@ export class Multiples {
     Object.assign(this, { root, choose, turn: 0 });
   }
 
-  /** `cells`: `[{value, label, current, field: () => Promise<field>}]`. */
+  /** `cells`: `[{value, label, current, panels, field: () => Promise<field>}]`. */
   async show(cells, norm, own, table) {
     const turn = ++this.turn;
     const boxes = cells.map(({ value, label, current }) => {
@@ -44,11 +46,13 @@ export class Multiples {
       const old = kept[n]?.querySelector("canvas");
       if (old) picture.append(old);
     });
+    const focused = kept.indexOf(document.activeElement);
     this.root.replaceChildren(...boxes.map(({ box }) => box));
-    for (const [n, { field }] of cells.entries()) {
+    boxes[focused]?.box.focus();
+    for (const [n, { field, panels }] of cells.entries()) {
       let made;
       try {
-        made = smallCanvas(await field(), norm, own, table);
+        made = smallCanvas(await field(), panels, norm, own, table);
       } catch (error) {
         made = element("em", {}, error.message);
       }

@@ -115,6 +115,9 @@ export class Numbers {
     const kinds = Object.entries(said.mass.kinds).map(([kind, mass]) => bar(kind, mass, mass / top));
     this.masses.replaceChildren(...frames, ...kinds);
     this.heading.textContent = state.direction === "row" ? "Strongest keys" : "Strongest queries";
+    // Lines stay while they say the same: one of them may have the mouse or the focus.
+    if (said === this.said) return;
+    this.said = said;
     this.list.replaceChildren(...said.strongest.map((one) => this.strong(one)));
   }
 

@@ -77,7 +77,7 @@ export class View {
     const [down, across] = this.layout?.patchSize ?? [1, 1];
     const clientWidth = this.frames.root.clientWidth;
     const sight = this.sights.get(this.state.site);
-    if (!sight || sight.strip) return Math.max(200, Math.min(700, clientWidth));
+    if (!sight || sight.strip || innerWidth <= 760) return Math.min(700, clientWidth);
     const aspect = (cols * across) / (rows * down);
     return fittingSize(this.layout.frames, aspect, clientWidth, innerHeight - 180, 14);
   }
@@ -164,7 +164,9 @@ export class View {
       set: (change) => this.set(change), act: this.acts });
     this.frames.build(this.sight, state.direction, state.batch);
     this.frames.root.style.setProperty("--size", `${state.size}px`);
+    const pinFocused = this.pins.contains(document.activeElement);
     pinList(this.pins, this);
+    if (pinFocused) this.frames.root.focus();
     if (this.alone) {
       clearTimeout(this.hashing);
       this.hashing = setTimeout(() => history.replaceState(null, "", stateHash(this.state)), 150);
@@ -238,11 +240,15 @@ export class View {
       return;
     }
     this.root.removeAttribute("aria-busy");
+    const { site, head, direction, batch } = state;
+    const question = JSON.stringify([site, head, direction, batch, this.token]);
+    const other = question !== this.question || !this.answer;
     try {
-      this.answer = this.answerOf(state.site, this.token, state.head);
+      if (other) this.answer = this.answerOf(site, this.token, head);
     } catch (error) {
       return this.say(error.message);
     }
+    this.question = question;
     this.say("");
     const { field, asked } = this.answer;
     const place = this.asking.locate(this.token);
@@ -256,11 +262,12 @@ export class View {
       const largest = counted.reduce((most, { values }) => values.reduce((m, v) => (v > m ? v : m), most), 0);
       this.colourBar.show(used, largest, table, !shared && scales.size > 1);
     }
-    this.said = reading(field, sight);
+    if (other) this.said = reading(field, sight);
     this.outlines = this.outlined(place, panel);
     this.frames.mark(this.outlines);
     this.numbers.show({ place, panel, sight, state, asked, said: this.said,
       under: this.underMouse(field), manifest: this.source.manifest });
+    if (!other) return;
     for (const listener of this.listeners) this.tell(listener);
     this.announce(place, panel);
   }
@@ -344,11 +351,13 @@ export class View {
     if (multiples === "none") return void this.multiples.clear();
     this.multiplying = setTimeout(() => {
       const field = async (name, n) => (await this.load(name), this.answerOf(name, token, n).field);
-      const heads = Array.from({ length: this.sight.header.shape[1] }, (_, n) => ({
-        value: { head: n }, label: `head ${n}`, current: n === head, field: () => field(site, n),
+      const { panels, header } = this.sight;
+      const heads = Array.from({ length: header.shape[1] }, (_, n) => ({
+        value: { head: n }, label: `head ${n}`, current: n === head, panels, field: () => field(site, n),
       }));
-      const sites = [...this.sights.keys()].map((name) => ({
-        value: { site: name }, label: name, current: name === site, field: () => field(name, head),
+      const sites = [...this.sights.values()].map(({ name, panels: own }) => ({
+        value: { site: name }, label: name, current: name === site, panels: own,
+        field: () => field(name, head),
       }));
       const place = this.asking.locate(token);
       const own = place.patch === null ? null : { panel: place.frame, ...place };
