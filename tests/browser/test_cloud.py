@@ -114,6 +114,14 @@ def test_heat_lies_at_the_true_point(opened: Any) -> None:
     assert abs(np.median(rows) - y) < 3
 
 
+def test_another_colour_map_colours_the_points(opened: Any) -> None:
+    before = painted(opened)
+    opened.execute_script("vistvis.set({cmap: 'viridis'})")
+    assert not np.array_equal(painted(opened), before)
+    opened.execute_script("vistvis.set({cmap: 'inferno'})")
+    assert np.array_equal(painted(opened), before)
+
+
 def test_the_eye_projects_as_the_camera_does(opened: Any) -> None:
     seen_from(opened, 1)
     painted(opened)

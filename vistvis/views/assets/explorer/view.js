@@ -267,9 +267,10 @@ export class View {
     this.frames.mark(this.outlines);
     this.numbers.show({ place, panel, sight, state, asked, said: this.said,
       under: this.underMouse(field), manifest: this.source.manifest });
-    if (!other) return;
-    for (const listener of this.listeners) this.tell(listener);
-    this.announce(place, panel);
+    const colours = JSON.stringify([state.norm, state.cmap]);
+    if (other || colours !== this.colours) for (const listener of this.listeners) this.tell(listener);
+    this.colours = colours;
+    if (other) this.announce(place, panel);
   }
 
   tell(listener) {
