@@ -193,7 +193,7 @@ def _show(
     words = shlex.join(arguments.photos)
     if against is not None:
         words += f" --against {shlex.quote(arguments.against)}"
-    if given:
+    if given and not arguments.sites:
         model = f" --model {shlex.quote(arguments.model)}" if arguments.model else ""
         print(f"next: vistvis explore {words}{model} --sites '**'   (all sites)")
     else:
