@@ -18,6 +18,7 @@ import vistvis
 from vistvis import SiteInfo, TokenLayout
 from vistvis.errors import InputError, SiteError, VistvisWarning
 from vistvis.views.explorer import contents
+from vistvis.views.explorer.packing import packed_bytes
 
 SAMPLES = sorted((Path(__file__).parents[1] / "vggt_adapter" / "samples").glob("view_*.jpg"))
 
@@ -62,7 +63,7 @@ def test_what_a_page_carries(captured: Any, tmp_path: Path) -> None:
     grays = np.arange(256).repeat(3).astype(int)
     assert abs(colours.astype(int) - grays).max() <= 1
     # What is seen comes before what is computed with, and nothing is left beside the page.
-    tags_in_order = ('id="vistvis-image-0-1"', 'type="module"', 'id="vistvis-site-0"')
+    tags_in_order = ('id="vistvis-image-0-1"', 'type="module" async', 'id="vistvis-site-0"')
     order = [page.read_text().index(tag) for tag in tags_in_order]
     assert order == sorted(order)
     assert [file.name for file in page.parent.iterdir()] == ["page.html"]
@@ -99,7 +100,7 @@ def test_points(captured: Any, tmp_path: Path) -> None:
 
 def test_the_last_sites_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = {f"block.{n}": attention(tokens=n % 2 + 6) for n in range(5)}
-    sizes = [2 * 2 * 2 * 4 * (n % 2 + 6) for n in range(5)]
+    sizes = [packed_bytes(one) for one in source.values()]
     monkeypatch.setattr(contents, "MOST_BYTES", sum(sizes[3:]))
     with pytest.warns(VistvisWarning, match=r"not in the page: 'block.0', 'block.1', 'block.2'"):
         page = vistvis.explore(source, tmp_path / "page.html")

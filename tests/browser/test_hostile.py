@@ -145,7 +145,7 @@ def test_a_tampered_site_is_a_message(tmp_path: Path, page: Any) -> None:
     changed(path, r'(id="vistvis-site-1">)([^<]*)', flip)
     browser = page(path)
     told = browser.execute_async_script(ROW, {"site": "b", "head": 0, "token": 0})
-    assert "the data of b was changed or cut short" in told
+    assert "b can't be read: its data was changed or cut short" in told
     row = browser.execute_async_script(ROW, {"site": "a", "head": 0, "token": 0})
     assert isinstance(row, list)
     browser.get_log("browser")

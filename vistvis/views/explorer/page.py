@@ -93,8 +93,10 @@ def page_parts(contents: Contents, *, with_sites: bool = True) -> Iterator[str]:
     for (batch, frame), jpeg in contents.pictures.items():
         url = picture_url(jpeg)
         yield f'<script type="text/plain" id="vistvis-image-{batch}-{frame}">{url}</script>\n'
-    yield f'<script type="module">{code}</script>\n'
-    for number, site in enumerate(contents.sites() if with_sites else ()):
+    # `async`: it runs while the sites are still read. The last one, shown first, comes first.
+    yield f'<script type="module" async>{code}</script>\n'
+    for number in reversed(range(len(contents.places) if with_sites else 0)):
+        site = contents.site(number)
         yield f'<script type="text/plain" id="vistvis-site-{number}">'
         for start in range(0, len(site), _CHUNK):
             yield base64.b64encode(site[start : start + _CHUNK]).decode()

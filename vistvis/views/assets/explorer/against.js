@@ -88,11 +88,9 @@ export class Against {
     const kernel = this.loaded.get(name);
     if (!kernel) {
       this.clear("Loading the other run …");
-      const still = () => this.shown.state.site === name;
-      this.kernel(name).then((made) => {
-        this.loaded.set(name, made);
-        if (still()) this.shown.tell((...row) => this.show(...row));
-      }, (error) => still() && this.clear(error.message));
+      const again = () => this.shown.again();
+      const failed = (error) => this.shown.state.site === name && this.clear(error.message);
+      this.kernel(name).then((made) => { this.loaded.set(name, made); again(); }, failed);
       return;
     }
     const answer = this.shown.answerOf(name, query.token, state.head, kernel);

@@ -4,8 +4,9 @@
 // calls `listener(values, query)` whenever other weights are shown. `values` is a Float32Array over
 // the scene's tokens (`source.manifest.layout`), NaN where the site says nothing; null where there
 // is no answer, or the site has no layout. `query` is the place asked for, as `Layout.locate` gives
-// it, `{token, frame, kind, row, col, …}`. It returns a function that ends it. `view.ask(token)` previews a token of the scene as the mouse does (null
-// ends that), `view.pick(token)` pins it as a click does. `view.panes` is the element for panes.
+// it, `{token, frame, kind, row, col, …}`. It returns a function that ends it. `view.ask(token)`
+// previews a token of the scene as the mouse does (null ends that), `view.pick(token)` pins it as
+// a click does. `view.panes` is the element for panes.
 
 import { Against } from "./against.js";
 import { cloudPane } from "./cloud.js";

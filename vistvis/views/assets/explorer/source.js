@@ -19,11 +19,21 @@ export function pageSource(root = document) {
     bytes: async (number) => {
       const headers = [...manifest.sites, ...(manifest.against?.sites ?? [])];
       if (fetched) return fetchedSite(headers[number], number);
-      const base64 = text(`vistvis-site-${number}`);
-      if (base64 === null) throw new Error("this page was cut short; make it again");
-      return fromBase64(base64);
+      const tag = await readTag(root, `vistvis-site-${number}`);
+      if (!tag) throw new Error("this page was cut short; make it again");
+      return fromBase64(tag.textContent);
     },
   };
+}
+
+/** A tag of a page that may still be read, when all of it is there; null if it never is. */
+async function readTag(root, id) {
+  for (;;) {
+    const whole = root.readyState !== "loading";
+    const tag = root.getElementById(id);
+    if (whole || tag?.nextElementSibling) return tag;
+    await new Promise((done) => setTimeout(done, 10));
+  }
 }
 
 async function fetchedSite(header, number) {
