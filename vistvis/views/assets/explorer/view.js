@@ -3,13 +3,13 @@
 import { download, element, weightText } from "./dom.js";
 import { Sight, overScene, samePlace } from "./scene.js";
 import { Layout } from "./layout.js";
-import { NORMS, colourTables } from "./colours.js";
+import { colourTables } from "./colours.js";
 import { checkedState, hashState, stateHash } from "./state.js";
 import { Frames, QUERY, fittingSize, pinColour } from "./frames.js";
 import { Numbers, placeText, reading } from "./numbers.js";
 import { Multiples } from "./multiples.js";
 import { ColourBar, fillControls } from "./controls.js";
-import { helpDialog, pressed } from "./keys.js";
+import { actsOf, helpDialog, pressed } from "./keys.js";
 import { pngBlob, svgBlob } from "./save.js";
 import { aboutFold, pinList } from "./words.js";
 
@@ -82,49 +82,7 @@ export class View {
     return fittingSize(this.layout.frames, aspect, clientWidth, innerHeight - 180, 14);
   }
 
-  get acts() {
-    const step = (list, value, way) => list[(list.indexOf(value) + way + list.length) % list.length];
-    const { state, sight } = this;
-    const place = () => this.asking.locate(state.token);
-    const heads = ["mean", "max", ...Array.from({ length: sight?.header.shape[1] ?? 0 }, (_, n) => n)];
-    const toPatch = (frame, row, col) => {
-      const { grid, count, frames } = this.asking;
-      const within = (value, size) => Math.max(0, Math.min(size - 1, value));
-      const at = [within(frame, frames), within(row, grid[0]), within(col, grid[1])];
-      this.set({ token: Math.min(count - 1, this.asking.patchToken(...at)) });
-    };
-    const middle = () => this.asking.grid.map((size) => size >> 1);
-    return {
-      move: (down, right) => {
-        const { frame, patch, row, col } = place();
-        if (patch === null) toPatch(frame ?? 0, ...middle());
-        else toPatch(frame, row + down, col + right);
-      },
-      frame: (way) => {
-        const { frame, patch, row, col } = place();
-        toPatch((frame ?? 0) + way, ...(patch === null ? middle() : [row, col]));
-      },
-      special: () => {
-        const { frame, token, patch } = place();
-        const specials = this.asking.specials(frame);
-        const next = specials[specials.findIndex((one) => one.token === token) + 1];
-        if (next) this.set({ token: next.token });
-        else if (patch === null) toPatch(frame ?? 0, ...middle());
-      },
-      head: (way) => this.set({ head: step(heads, state.head, way) }),
-      site: (way) => this.set({ site: step([...this.sights.keys()], state.site, way) }),
-      pin: () => this.pick({ token: state.token, panel: sight.askingPanel(state.direction, 0) }),
-      escape: () => this.set({ pins: [] }),
-      direction: () => this.set({ direction: state.direction === "row" ? "column" : "row" }),
-      smooth: () => this.set({ smooth: !state.smooth }),
-      norm: () => this.set({ norm: step(NORMS, state.norm, 1) }),
-      multiples: (name) => this.set({ multiples: state.multiples === name ? "none" : name }),
-      zoom: (factor) => this.set({ size: Math.round(Math.max(80, Math.min(1200, state.size * factor))) }),
-      help: () => this.help.showModal(),
-      save: (kind) => this.save(kind),
-    };
-  }
-
+  get acts() { return actsOf(this); }
   get sight() { return this.sights.get(this.state.site); }
   get locked() { return this.state.pins.includes(this.state.token); }
   get asking() { return this.sight.asking(this.state.direction); }
