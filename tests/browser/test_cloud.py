@@ -29,7 +29,8 @@ def captured() -> dict[str, Attention]:
     key = torch.eye(LAYOUT.num_tokens)[None, None]
     query = key.clone()
     query[0, 0, ASKED] = key[0, 0, HOT]
-    return {"site": Attention(query=8 * query, key=8 * key, scale=1.0, site=SITE)}
+    strip = Attention(query=query, key=key)  # nobody says what its tokens are
+    return {"strip": strip, "site": Attention(query=8 * query, key=8 * key, scale=1.0, site=SITE)}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def opened(page: Callable[[Path], Any], written: Path) -> Any:
     browser.get_log("browser")
     wait(browser, "vistvis.view.cloud.ready")
     browser.execute_script(
-        "vistvis.set({token: arguments[0], head: 0, norm: 'linear', pins: []})", ASKED
+        "vistvis.set({site: 'site', token: arguments[0], head: 0, norm: 'linear', pins: []})", ASKED
     )
     run(browser, "document.querySelector('.cloud').scrollIntoView()")
     painted(browser)
@@ -111,6 +112,14 @@ def test_heat_lies_at_the_true_point(opened: Any) -> None:
     x, y = place_of(opened, HOT)
     assert abs(np.median(cols) - x) < 3
     assert abs(np.median(rows) - y) < 3
+
+
+def test_another_colour_map_colours_the_points(opened: Any) -> None:
+    before = painted(opened)
+    opened.execute_script("vistvis.set({cmap: 'viridis'})")
+    assert not np.array_equal(painted(opened), before)
+    opened.execute_script("vistvis.set({cmap: 'inferno'})")
+    assert np.array_equal(painted(opened), before)
 
 
 def test_the_eye_projects_as_the_camera_does(opened: Any) -> None:
@@ -190,3 +199,32 @@ def test_confidence_hides_points_and_what_is_left_out_is_said(opened: Any) -> No
 def test_without_points_there_is_no_pane(page: Callable[[Path], Any], tmp_path: Path) -> None:
     browser = page(vistvis.explore(captured(), tmp_path / "page.html"))
     assert run(browser, "document.querySelector('.cloud') === null")
+
+
+def test_without_webgl2_there_is_a_message_and_the_rest_works(
+    chromium: Any, page: Callable[[Path], Any], written: Path
+) -> None:
+    code = """const given = HTMLCanvasElement.prototype.getContext;
+        HTMLCanvasElement.prototype.getContext = function (kind, ...more) {
+          return kind === "webgl2" ? null : given.call(this, kind, ...more);
+        }"""
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    made = chromium.execute_cdp_cmd(command, {"source": code})
+    try:
+        browser = page(written)
+        browser.get_log("browser")
+        assert "needs WebGL2" in run(browser, "document.querySelector('.cloud').textContent")
+        run(browser, "vistvis.set({token: 5})")
+        assert run(browser, "vistvis.state.token") == 5
+        assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+    finally:
+        chromium.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", made)
+
+
+def test_where_a_site_says_nothing_no_heat_stays(opened: Any) -> None:
+    hot = "vistvis.view.cloud.painter.texels.some((value) => value > 0)"
+    assert run(opened, hot)
+    run(opened, "vistvis.set({site: 'strip'})")
+    painted(opened)
+    assert not run(opened, hot)
+    assert run(opened, "document.querySelector('.cloud-query').hidden")

@@ -24,6 +24,8 @@ void main() {
   gl_PointSize = clamp(1.1 * size * pixels / gl_Position.w, 2.0, 40.0);
   vec4 hot = texelFetch(heat, ivec2(gl_VertexID % ${CLOUD_WIDTH}, gl_VertexID / ${CLOUD_WIDTH}), 0);
   colour = mix(${DIM} * base, hot.rgb, hot.a);
+  // Frames show the same places: of points that lie at one, the hot one comes in front.
+  gl_Position.z -= 0.0008 * hot.a * gl_Position.w;
 }`;
 const LINE_VERTEX = `${SEEN}
 layout(location = 0) in vec3 point; uniform vec3 paint; out vec3 colour;
@@ -339,6 +341,7 @@ export function cloudPane(parent, { manifest, source, layout, onQuery, colours }
     ready,
     eye,
     cloud,
+    painter,
     redraw: changed,
     show(values, token) {
       if (values) painter.colour(values, token, colours());
