@@ -88,9 +88,11 @@ export class Against {
     const kernel = this.loaded.get(name);
     if (!kernel) {
       this.clear("Loading the other run …");
-      const again = () => this.shown.again();
-      const failed = (error) => this.shown.state.site === name && this.clear(error.message);
-      this.kernel(name).then((made) => { this.loaded.set(name, made); again(); }, failed);
+      const still = () => this.shown.state.site === name;
+      this.kernel(name).then((made) => {
+        this.loaded.set(name, made);
+        if (still()) this.shown.tell((...row) => this.show(...row));
+      }, (error) => still() && this.clear(error.message));
       return;
     }
     const answer = this.shown.answerOf(name, query.token, state.head, kernel);

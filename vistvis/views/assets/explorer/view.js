@@ -155,12 +155,6 @@ export class View {
     });
   }
 
-  /** Draws again, and tells the listeners, though nothing has changed here. */
-  again() {
-    this.told = null;
-    this.schedule();
-  }
-
   /** A site's kernel, kept; until it is there the page says so. */
   async load(name) {
     if (!this.loaded.has(name)) this.loaded.set(name, await this.kernel(name));
@@ -174,7 +168,9 @@ export class View {
     const asked = sight.ask(direction, kernel.tensors, token, batch);
     const call = (n) => {
       const values = kernel[direction](asked.item, n, asked.token);
-      if (values.every(Number.isFinite)) return values;
+      let sum = 0;
+      for (let i = 0; i < values.length; i++) sum += values[i];
+      if (Number.isFinite(sum)) return values;
       throw new Error(`${name} has NaN or infinite weights here`);
     };
     const heads = sight.header.shape[1];
@@ -231,11 +227,10 @@ export class View {
     this.frames.mark(this.outlines);
     this.numbers.show({ place, panel, sight, state, asked, said: this.said,
       under: this.underMouse(field), manifest: this.source.manifest });
-    const look = JSON.stringify([question, state.norm, state.cmap]);
-    if (look === this.told) return;
-    this.told = look;
-    for (const listener of this.listeners) this.tell(listener);
-    this.announce(place, panel);
+    const colours = JSON.stringify([state.norm, state.cmap]);
+    if (other || colours !== this.colours) for (const listener of this.listeners) this.tell(listener);
+    this.colours = colours;
+    if (other) this.announce(place, panel);
   }
 
   tell(listener) {
@@ -302,7 +297,7 @@ export class View {
     this.message.textContent = text;
     this.root.removeAttribute("aria-busy");
     if (text) {
-      this.answer = this.told = null;
+      this.answer = null;
       this.frames.clear();
       for (const listener of this.listeners) this.tell(listener);
     }
