@@ -226,6 +226,7 @@ def test_a_strong_key_is_outlined_where_it_is_pointed_at(shown: Any) -> None:
 
     put(shown, site="global", head=0, token=40, pins=[40])
     top = reading(shown)["strongest"][1]
+    settled(shown, "return new Promise((done) => setTimeout(done, 200))")
     shown.execute_script("document.querySelectorAll('.strongest button')[1].focus()")
     assert settled(shown, "return document.querySelectorAll('.mark.key, .chip.marked').length") == 1
     place = LAYOUT.locate(top["token"])

@@ -194,6 +194,11 @@ export class View {
     if (!sight) return this.say("this page has no site to show");
     if (!this.loaded.has(state.site)) {
       this.root.setAttribute("aria-busy", "true");
+      // What there is belongs to the site before.
+      if (this.answer) {
+        this.answer = null;
+        for (const listener of this.listeners) this.tell(listener);
+      }
       const wanted = state.site;
       this.load(wanted).then(() => this.schedule(),
         (error) => this.state.site === wanted && this.say(error.message));
