@@ -95,6 +95,13 @@ def repos(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def browser(session: nox.Session) -> None:
+    """The explorer in real browsers: Chromium and its driver, and Firefox where it is there."""
+    environment(session)
+    run(session, "python", "-m", "pytest", "-m", "browser", "tests/browser", *session.posargs)
+
+
+@nox.session(python=False)
 def attack(session: nox.Session) -> None:
     """Kills, flips, forgeries, interrupts, odd calls: minutes; `--quick`, `--only NAME …`."""
     environment(session)
@@ -122,8 +129,17 @@ def bench(session: nox.Session) -> None:
     environment(session)
     scripts = sorted((ROOT / "benchmarks").glob("[!_]*.py"))
     for script in scripts:
+        if script.stem == "explorer":  # needs a browser: bench_browser
+            continue
         if not session.posargs or script.stem in session.posargs:
             run(session, "python", str(script))
+
+
+@nox.session(python=False)
+def bench_browser(session: nox.Session) -> None:
+    """How fast the explorer computes and paints, in Chromium."""
+    environment(session)
+    run(session, "python", "benchmarks/explorer.py", *session.posargs)
 
 
 @nox.session(python=False)

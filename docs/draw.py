@@ -1,13 +1,24 @@
-"""Draw the README's pictures: what `vistvis demo` draws, as JPEG. Run it from anywhere."""
+"""Draw the README's pictures: what `vistvis demo` and `vistvis explore` show. Run it from anywhere.
+
+The explorer's picture needs Chromium, and is left as it was without.
+"""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 from vggt_adapter.inputs import Query
-from vggt_adapter.steps import ask, choose_token, load_model, load_pictures, suggested
+from vggt_adapter.steps import ask, choose_token, load_model, load_pictures, sample_views, suggested
+from vistvis import cli
 
 FOLDER = Path(__file__).parent / "images"
+# The head of the small VGGT that was trained to point, and a patch on the poster's edge.
+VIEW = "site=global_block_3&head=0&token=109"
 
 
 def main() -> None:
@@ -18,6 +29,22 @@ def main() -> None:
     answer = ask(model, loaded, place, Query(requested, head), block_idx=block)
     for kind, figure in answer.draw(pictures=loaded.sharp()).items():
         figure.save(FOLDER / f"demo_{kind}.jpg", dpi=110)
+    if chromium := shutil.which("chromium"):
+        explorer(chromium)
+
+
+def explorer(chromium: str) -> None:
+    """The page of the sample views, as a browser shows it."""
+    with tempfile.TemporaryDirectory() as folder:
+        page, shot = Path(folder, "explorer.html"), Path(folder, "shot.png")
+        views = map(str, sample_views())
+        cli.main(["explore", *views, "--sites", "*_block_*", "--out", str(page), "--no-open"])
+        look = ("--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=1360,800")
+        wait = ("--virtual-time-budget=8000", f"--screenshot={shot}")
+        address = f"{page.as_uri()}#{VIEW}"
+        subprocess.run([chromium, *look, *wait, address], check=True, capture_output=True)
+        with Image.open(shot) as picture:
+            picture.convert("RGB").save(FOLDER / "explorer.png", optimize=True)
 
 
 if __name__ == "__main__":

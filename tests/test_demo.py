@@ -18,7 +18,8 @@ from vggt_adapter.config import ViTConfig
 from vggt_adapter.demo import demo_visualize_token_attention
 from vggt_adapter.model import VGGT
 from vggt_adapter.preprocess import load_images
-from vggt_adapter.steps import blocks_progress, load_model, sample_views
+from vggt_adapter.sample_scene import sample_views
+from vggt_adapter.steps import blocks_progress, load_model
 from vggt_adapter.values import get_attention_values
 from vistvis import VistvisWarning, cli
 from vistvis.errors import CheckpointError, IndexOutOfRange, InputError

@@ -39,7 +39,7 @@ from vggt_adapter import (
     visualize_attention_on_image,
 )
 from vggt_adapter.inputs import Query
-from vggt_adapter.steps import sample_views
+from vggt_adapter.sample_scene import sample_views
 from vggt_adapter.values import QueryValues, query_values
 from vistvis import Attention, TokenLayout, VistvisWarning
 from vistvis.attention import TokenOrder

@@ -2,8 +2,9 @@
 
     python training/samples.py
 
-Writes vggt_adapter/samples/view_{1,2,3}.jpg. The same script makes the same pictures again; their
-true correspondences come from `sample_scene` and `rendering.correspond`.
+Writes vggt_adapter/samples/view_{1,2,3}.jpg, and scene.npz, from which `vggt_adapter.sample_scene`
+knows the points that they show. The same script makes the same files again; true correspondences
+come from `sample_scene` and `rendering.correspond`.
 """
 
 from __future__ import annotations
@@ -68,9 +69,24 @@ def sample_scene() -> tuple[list[Surface], list[Camera]]:
     return surfaces, cameras
 
 
+def scene_arrays() -> dict[str, np.ndarray]:
+    """Of scene.npz: rectangles `(n, 3, 3)` of corner, u and v; cameras `(3, 3, 4)`, world to camera
+    as OpenCV's; the focal length in pixels and the size (H, W) of the pictures."""
+    surfaces, cameras = sample_scene()
+    turns = [camera.axes.T for camera in cameras]
+    shifts = [-turn @ camera.position[:, None] for turn, camera in zip(turns, cameras, strict=True)]
+    return {
+        "rectangles": np.array([(s.corner, s.u, s.v) for s in surfaces]),
+        "cameras": np.concatenate([turns, shifts], 2),
+        "focal": np.array(cameras[0].focal),
+        "size": np.array(SIZE),
+    }
+
+
 if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
     surfaces, cameras = sample_scene()
     for number, camera in enumerate(cameras, 1):
         view = scenes.render(surfaces, camera, per_pixel=3)
         Image.fromarray(view.image).save(OUT / f"view_{number}.jpg", quality=84, optimize=True)
+    np.savez_compressed(OUT / "scene.npz", **scene_arrays())

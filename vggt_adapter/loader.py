@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vggt_adapter.blocks import find_blocks, watched_part
-from vggt_adapter.steps import load_model, load_pictures
+from vggt_adapter.sample_scene import scene_of
+from vggt_adapter.steps import layout_of, load_model, load_pictures
 from vistvis.models.loading import LoadedModel
 from vistvis.photos.photo import Photo
 
@@ -18,6 +19,7 @@ def load(
     loaded = load_pictures(images, ready, size=size)
     pictures = loaded.images.unsqueeze(0)
     watched = watched_part(ready)
+    grid = layout_of(ready, loaded).grid
     return LoadedModel(
         model=ready,
         images=pictures.to(next(ready.parameters())),
@@ -25,5 +27,6 @@ def load(
         watched=watched,
         photos=loaded.seen,
         sharp_pixels=loaded.sharp_pixels,
+        scene=scene_of(loaded.photos, grid),
         names={block.path: block.name for block in find_blocks(watched)},
     )

@@ -21,6 +21,7 @@ from vggt_adapter.extractor import extract_both_attentions
 from vggt_adapter.inputs import ATTENTION_TYPES, Query, checked_types
 from vggt_adapter.model import VGGT
 from vggt_adapter.preprocess import LoadedImages, load_images
+from vggt_adapter.sample_scene import sample_views
 from vggt_adapter.values import QueryValues, query_values, resolve_token
 from vistvis import TokenLayout, TokenPlace
 from vistvis.devices import device_of, dtype_of
@@ -147,12 +148,6 @@ def patch_size_of(model: nn.Module) -> int:
 def layout_of(model: nn.Module, loaded: LoadedImages) -> TokenLayout:
     """Where the tokens of these pictures lie."""
     return TokenLayout.from_model(model, loaded.images.unsqueeze(0))
-
-
-def sample_views() -> list[Path]:
-    """The three views that come with the package."""
-    folder = Path(__file__).parent / "samples"
-    return sorted(p for p in folder.iterdir() if p.suffix in (".jpg", ".png"))
 
 
 def choose_token(

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vistvis.store import save_run as save_run
     from vistvis.tokens import TokenLayout as TokenLayout
     from vistvis.tokens import TokenPlace as TokenPlace
+    from vistvis.views.explorer.front import explore as explore
     from vistvis.views.overlay_folder import OverlayOutputPath as OverlayOutputPath
     from vistvis.views.pdf import (
         plot_attention_for_reconstruction as plot_attention_for_reconstruction,
@@ -63,6 +64,7 @@ _LAZY = {
     "vistvis.state": ("LayerCounter",),
     "vistvis.store": ("Run", "RunWriter", "open_run", "save_run"),
     "vistvis.tokens": ("TokenLayout", "TokenPlace"),
+    "vistvis.views.explorer.front": ("explore",),
     "vistvis.views.overlay_folder": ("OverlayOutputPath",),
     "vistvis.views.pdf": ("plot_attention_for_reconstruction",),
     "vistvis.views.plot": ("plot",),

@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         metadata={"dtype": arguments.dtype, **photos_metadata(loaded.photos)},
         pass_id=pass_id,
         resume=not arguments.anew,
+        **loaded.scene,
     ) as writer:
         had = len(writer.finished)
         bar = progress(None, "storing", unit="site", total=len(names), shown=None)

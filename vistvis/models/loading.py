@@ -48,6 +48,7 @@ class LoadedModel:
     photos: tuple[SeenPhoto, ...] = ()  # B·S: their names, and where their pixels went
     sharp_pixels: NDArray[np.uint8] | None = None  # what `sharp` gives, as bytes
     names: Mapping[str, str] = field(default_factory=dict)  # of sites, as `capture` takes them
+    scene: Mapping[str, Any] = field(default_factory=dict)  # points and cameras, as runs take them
 
     def sites(self, chooser: Chooser = None) -> SiteList:
         """The chosen sites under their names, in the order in which they run."""
