@@ -1,6 +1,6 @@
-"""Draw the README's pictures: what `vistvis demo` and `vistvis explore` show. Run it from anywhere.
+"""Draw the README's pictures and the page to try: what `vistvis demo` and `vistvis explore` show.
 
-The explorer's picture needs Chromium, and is left as it was without.
+Run it from anywhere. The explorer's picture needs Chromium, and is left as it was without.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def main() -> None:
     answer = ask(model, loaded, place, Query(requested, head), block_idx=block)
     for kind, figure in answer.draw(pictures=loaded.sharp()).items():
         figure.save(FOLDER / f"demo_{kind}.jpg", dpi=110)
+    page = ("--out", str(FOLDER.parent / "demo.html"), "--no-open")
+    cli.main(["explore", *map(str, sample_views()), *page])
     if chromium := shutil.which("chromium"):
         explorer(chromium)
 

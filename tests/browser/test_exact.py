@@ -240,7 +240,7 @@ def test_rows_and_columns_are_exact(case: Case, kernel: str) -> None:
         more = 4 * EPS * logits[one.site] if kernel == "wasm" else 0.0
         assert np.abs(answer - expected).max() <= TOLERANCE + more, one
         sharpest[one.site] = max(sharpest[one.site], float(expected.max()))
-    assert min(sharpest.values()) > 0.1, sharpest  # near-uniform rows would hide mistakes
+    assert min(sharpest.values()) > 0.05, sharpest  # near-uniform rows would hide mistakes
 
 
 def test_both_kernels_ran(case: Case) -> None:
