@@ -41,7 +41,7 @@ def explorer(chromium: str) -> None:
         page, shot = Path(folder, "explorer.html"), Path(folder, "shot.png")
         views = map(str, sample_views())
         cli.main(["explore", *views, "--sites", "*_block_*", "--out", str(page), "--no-open"])
-        look = ("--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=1360,800")
+        look = ("--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=1360,1040")
         wait = ("--virtual-time-budget=8000", f"--screenshot={shot}")
         address = f"{page.as_uri()}#{VIEW}"
         subprocess.run([chromium, *look, *wait, address], check=True, capture_output=True)
