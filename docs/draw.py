@@ -1,12 +1,12 @@
 """Draw the README's pictures and the page to try: what `vistvis demo` and `vistvis explore` show.
 
-Run it from anywhere. The explorer's picture needs Chromium, and is left as it was without.
+Run it from anywhere. The explorer's picture needs Chromium with its driver and selenium, and is
+left as it was without.
 """
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -37,14 +37,21 @@ def main() -> None:
 
 def explorer(chromium: str) -> None:
     """The page of the sample views, as a browser shows it."""
+    from selenium import webdriver
+
     with tempfile.TemporaryDirectory() as folder:
         page, shot = Path(folder, "explorer.html"), Path(folder, "shot.png")
         views = map(str, sample_views())
         cli.main(["explore", *views, "--sites", "*_block_*", "--out", str(page), "--no-open"])
-        look = ("--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=1360,1040")
-        wait = ("--virtual-time-budget=8000", f"--screenshot={shot}")
-        address = f"{page.as_uri()}#{VIEW}"
-        subprocess.run([chromium, *look, *wait, address], check=True, capture_output=True)
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        for word in ("headless=new", "no-sandbox", "hide-scrollbars", "window-size=1360,1240"):
+            options.add_argument(f"--{word}")
+        driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+        driver.get(f"{page.as_uri()}#{VIEW}")
+        driver.execute_async_script("vistvis.ready.then(() => setTimeout(arguments[0], 500))")
+        driver.save_screenshot(str(shot))
+        driver.quit()
         with Image.open(shot) as picture:
             picture.convert("RGB").save(FOLDER / "explorer.png", optimize=True)
 
