@@ -18,7 +18,7 @@ from vistvis import cli
 
 FOLDER = Path(__file__).parent / "images"
 # The head of the small VGGT that was trained to point, and a patch on the poster's edge.
-VIEW = "site=global_block_3&head=0&token=109"
+VIEW = "site=global_block_3&head=0&token=109&size=330"
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def explorer(chromium: str) -> None:
         cli.main(["explore", *views, "--sites", "*_block_*", "--out", str(page), "--no-open"])
         options = webdriver.ChromeOptions()
         options.binary_location = chromium
-        for word in ("headless=new", "no-sandbox", "hide-scrollbars", "window-size=1360,1240"):
+        for word in ("headless=new", "no-sandbox", "hide-scrollbars", "window-size=1360,1200"):
             options.add_argument(f"--{word}")
         driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
         driver.get(f"{page.as_uri()}#{VIEW}")
