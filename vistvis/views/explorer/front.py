@@ -83,8 +83,8 @@ def explore(
         the way; images or names do not fit; `static=False` without the extra `widget`.
 
     Cost: each site is read once, and the maxima and sums of its rows are computed,
-    `B·h·Nq·Nk·d` multiply-adds in float64; one site is in memory at a time. The file takes at most
-    1.2 times what queries and keys take in float16, and the pictures as JPEGs.
+    `B·h·Nq·Nk·d` multiply-adds in float64; one site is in memory at a time. The file takes
+    about 1.2 times what queries and keys take in float16, and the pictures as JPEGs.
     """
     source = _mapping(source)
     path = _target(out, folder)

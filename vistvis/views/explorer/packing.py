@@ -162,12 +162,14 @@ def _difference(one: Attention, other: Attention) -> float:
 def _maximum_and_sum(attention: Attention) -> Tensor:
     """Of every row, `(2, B, h, Nq)` float32, from logits in float64.
 
-    The sum is that of exp(logit − maximum) with the maximum as it is rounded to float32, so that
-    both together are as exact as the sum alone.
+    The maximum is rounded to a whole number, which packs well, and the sum is that of
+    exp(logit − maximum) with the rounded one: both together are as exact as the sum alone.
     """
     out = torch.empty(2, *attention.shape[:3])
     for (b, h, q), logits in _logit_blocks(attention):
-        maximum = logits.amax(-1).float() if logits.shape[-1] else logits.new_zeros(()).float()
+        maximum = (
+            logits.amax(-1).round().float() if logits.shape[-1] else logits.new_zeros(()).float()
+        )
         maximum = torch.where(maximum.isinf(), 0.0, maximum)
         out[0, b, h, q] = maximum
         out[1, b, h, q] = (logits - maximum.double()[..., None]).exp().sum(-1).float()
