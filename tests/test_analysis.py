@@ -1,0 +1,196 @@
+"""Numbers about attention equal the dense computation in float64, whatever the source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vistvis import Attention, SiteInfo, TokenLayout, open_run, save_run
+from vistvis.analysis import (
+    distance,
+    effective_rank,
+    entropy,
+    frame_mass,
+    received,
+    sink_tokens,
+    special_mass,
+    top_keys,
+    top_mass,
+)
+from vistvis.errors import InputError, LayoutError
+
+LAYOUT = TokenLayout(2, (3, 4), ("camera", "register", "register"), 14)
+N = LAYOUT.num_tokens  # 30
+OTHER = TokenLayout(3, (2, 3), ("camera",), 14)  # 21 keys of other pictures
+
+
+def sharp(
+    queries: int = N, keys: int = N, heads: int = 4, key_heads: int = 4, **more: object
+) -> Attention:
+    generator = torch.Generator().manual_seed(queries * 100 + keys)
+    query = 2.0 * torch.randn(2, heads, queries, 16, generator=generator)
+    key = torch.randn(2, key_heads, keys, 16, generator=generator)
+    layouts = {N: LAYOUT, OTHER.num_tokens: OTHER}
+    site = SiteInfo("site", "global", query_layout=LAYOUT, key_layout=layouts[keys])
+    return Attention(query=query, key=key, site=site, **more)  # type: ignore[arg-type]
+
+
+def masked() -> Attention:
+    mask = torch.rand(2, 1, N, N, generator=torch.Generator().manual_seed(1)) < 0.6
+    mask[0, 0, 5] = False  # a query that sees no key
+    return sharp(mask=mask)
+
+
+SOURCES: dict[str, Callable[[], Attention]] = {
+    "plain": sharp,
+    "masked": masked,
+    "causal": lambda: sharp(causal=True),
+    "grouped": lambda: sharp(key_heads=2),
+    "cross": lambda: sharp(keys=OTHER.num_tokens),
+    "segments": lambda: sharp(segments=[0, 7, 15]),
+    "weights": lambda: Attention.from_weights(sharp().dense(), site=sharp().site),
+}
+
+
+@pytest.fixture(params=[*SOURCES, "stored"])
+def a(request: pytest.FixtureRequest, tmp_path: Path) -> Attention:
+    if request.param != "stored":
+        return SOURCES[request.param]()
+    save_run({"site": sharp()}, tmp_path / "run")
+    return open_run(tmp_path / "run")["site"]
+
+
+# One row at a time, a block of a few, and everything at once.
+SIZES = pytest.mark.parametrize("max_bytes", [1, 2000, None])
+
+
+def dense(a: Attention) -> Tensor:
+    """Another witness: torch's softmax over logits of its own, in float64."""
+    if a.weights is not None:
+        return a.weights.double()
+    query, key = a.query.double(), a.key.double().repeat_interleave(a.groups, 1)
+    logits = query @ key.mT * a.scale
+    seen = torch.ones(a.shape, dtype=torch.bool)
+    if a.mask is not None:
+        seen &= a.mask
+    if a.causal:
+        seen &= torch.ones(a.shape[2:], dtype=torch.bool).tril()
+    if a.segments is not None:
+        of = torch.searchsorted(a.segments, torch.arange(a.shape[2]), right=True)
+        seen &= of[:, None] == of[None]
+    return torch.softmax(logits.masked_fill(~seen, -math.inf), -1).nan_to_num(0)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+@SIZES
+def test_statistics_of_rows_equal_dense_ones(a: Attention, max_bytes: int | None) -> None:
+    p = dense(a)
+    assert p.max() > 0.5
+    close(entropy(a, max_bytes=max_bytes), -(p * p.clamp_min(1e-300).log()).sum(-1))
+    close(effective_rank(a, max_bytes=max_bytes), entropy(a).exp())
+    close(received(a, max_bytes=max_bytes), p.sum(2))
+    ordered = p.sort(-1, descending=True).values
+    close(top_mass(a, 3, max_bytes=max_bytes), ordered[..., :3].sum(-1))
+    weights, indices = top_keys(a, 3, max_bytes=max_bytes)
+    assert weights.shape == indices.shape == (*a.shape[:3], 3)
+    close(weights.double(), ordered[..., :3])
+    close(p.gather(-1, indices), ordered[..., :3])
+
+
+@SIZES
+def test_masses_by_kind_and_frame_equal_dense_ones(a: Attention, max_bytes: int | None) -> None:
+    p, key = dense(a), a.key_layout
+    assert key is not None
+    kinds = [key.locate(token).kind for token in range(a.shape[3])]
+    found = special_mass(a, max_bytes=max_bytes)
+    assert list(found) == [kind for kind in ("camera", "register") if kind in kinds]
+    for kind, mass in found.items():
+        close(mass, p[..., [one == kind for one in kinds]].sum(-1))
+    masses = frame_mass(a, max_bytes=max_bytes)
+    assert masses.shape == (2, 4, LAYOUT.frames, key.frames, 2, 2)
+    queries = [LAYOUT.locate(token) for token in range(N)]
+    keys = [key.locate(token) for token in range(a.shape[3])]
+    for s in range(LAYOUT.frames):
+        for t in range(key.frames):
+            for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                rows = [one.frame == s and one.is_patch == bool(i) for one in queries]
+                columns = [one.frame == t and one.is_patch == bool(j) for one in keys]
+                mean = p[:, :, rows][..., columns].sum(-1).mean(2)
+                close(masses[:, :, s, t, i, j], mean)
+
+
+@SIZES
+def test_distances_equal_dense_ones(max_bytes: int | None) -> None:
+    for a in (sharp(), masked()):
+        p, places = dense(a), [LAYOUT.locate(token) for token in range(N)]
+        expected = torch.full(a.shape[:3], math.nan, dtype=torch.float64)
+        for q, query in enumerate(places):
+            total = mass = torch.zeros(2, 4, dtype=torch.float64)
+            for k, key in enumerate(places):
+                if query.is_patch and key.is_patch and query.frame == key.frame:
+                    far = math.dist((query.row, query.col), (key.row, key.col))  # type: ignore[arg-type]
+                    total, mass = total + p[:, :, q, k] * far, mass + p[:, :, q, k]
+            expected[:, :, q] = total / mass
+        close(distance(a, max_bytes=max_bytes), expected)
+        assert distance(a)[:, :, :3].isnan().all()  # camera and registers lie nowhere
+
+
+def test_known_answers() -> None:
+    even = Attention(query=torch.zeros(1, 1, N, 8), key=torch.randn(1, 1, N, 8), site=sharp().site)
+    close(entropy(even), torch.full((1, 1, N), math.log(N), dtype=torch.float64))
+    close(effective_rank(even), torch.full((1, 1, N), float(N), dtype=torch.float64))
+    close(top_mass(even, 6), torch.full((1, 1, N), 6 / N, dtype=torch.float64))
+    close(received(even), torch.ones(1, 1, N, dtype=torch.float64))
+    assert not len(sink_tokens(even, 1.5).shares)
+    own = Attention.from_weights(torch.eye(N)[None, None], site=sharp().site)
+    assert (entropy(own) == 0).all()
+    assert (top_keys(own, 1).indices[0, 0, :, 0] == torch.arange(N)).all()
+    assert (distance(own)[0, 0, 3:15] == 0).all()
+    # Block-diagonal by frame, even within: every frame gives all of its mass to itself.
+    frames = torch.arange(N) // LAYOUT.tokens_per_frame
+    blocks = (frames[:, None] == frames).float() / LAYOUT.tokens_per_frame
+    mass = frame_mass(Attention.from_weights(blocks[None, None], site=sharp().site))[0, 0]
+    torch.testing.assert_close(mass.sum(-1)[..., 1], torch.eye(2).double(), atol=1e-6, rtol=0)
+    close(mass[0, 0, 1], torch.tensor([3 / 15, 12 / 15]).double())
+
+
+def test_a_planted_sink_is_found() -> None:
+    weights = torch.full((1, 2, N, N), 0.5 / (N - 1))
+    weights[:, 1, :, 7] = 0.5
+    weights[:, 0] = 1 / N
+    found = sink_tokens(Attention.from_weights(weights), times=10)
+    assert found.tokens.tolist() == [[0, 1, 7]]
+    assert found.shares.tolist() == pytest.approx([0.5 * N])
+
+
+def test_a_token_off_is_seen() -> None:
+    a = sharp()
+    p = dense(a).roll(1, -1)
+    with pytest.raises(AssertionError):
+        close(received(a), p.sum(2))
+    with pytest.raises(AssertionError):
+        close(frame_mass(a)[:, :, 0, 0, 1, 1], p[:, :, 3:15, 3:15].sum(-1).mean(2))
+
+
+def test_what_cannot_be_answered_is_an_error() -> None:
+    a = sharp()
+    for k in (0, N + 1):
+        with pytest.raises(InputError, match=rf"1 to the number of keys, {N}, got {k}"):
+            top_keys(a, k)
+    with pytest.raises(InputError, match="positive"):
+        sink_tokens(a, 0)
+    bare = Attention(query=a.query, key=a.key)
+    for call in (special_mass, frame_mass, distance):
+        with pytest.raises(LayoutError, match="does not say where its"):
+            call(bare)
+    with pytest.raises(LayoutError, match="within one frame"):
+        distance(sharp(keys=OTHER.num_tokens))

@@ -1,0 +1,11 @@
+"""Numbers about attention, exact and without the matrix: streamed over blocks of rows."""
+
+from vistvis.analysis.layouts import distance as distance
+from vistvis.analysis.layouts import frame_mass as frame_mass
+from vistvis.analysis.layouts import special_mass as special_mass
+from vistvis.analysis.rows import effective_rank as effective_rank
+from vistvis.analysis.rows import entropy as entropy
+from vistvis.analysis.rows import received as received
+from vistvis.analysis.rows import sink_tokens as sink_tokens
+from vistvis.analysis.rows import top_keys as top_keys
+from vistvis.analysis.rows import top_mass as top_mass
