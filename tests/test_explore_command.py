@@ -48,6 +48,7 @@ def test_photographs_to_a_page(
     assert names == ["frame_block_3", "global_block_3"]
     assert manifest["frames"] == [{"name": photo.name} for photo in SAMPLES]
     assert manifest["title"] == "vggt:tiny"
+    assert manifest["start"] == {"head": 0}
     assert "positions" in manifest["points"]  # the samples know where they were taken
 
 

@@ -22,6 +22,7 @@ import torch
 from zoo import VGGTLike
 
 import vistvis
+from vistvis import cli
 from vistvis.views.explorer.contents import choose, gather
 from vistvis.views.explorer.page import script
 from vistvis.views.explorer.serving import PageServer
@@ -97,6 +98,22 @@ def test_a_file(captured: Any, images: Any, tmp_path: Path, page: Any, chromium:
     check_rows(page(written), captured)
     assert complaints(chromium) == []
     assert requests(chromium) == [written.as_uri()]
+
+
+def test_photographs_start_at_the_head_that_their_model_suggests(
+    tmp_path: Path, page: Any, chromium: Any
+) -> None:
+    out = tmp_path / "page.html"
+    samples = Path(__file__).parents[2] / "vggt_adapter" / "samples"
+    assert cli.main(["explore", str(samples), "--out", str(out), "--no-open"]) == 0
+    assert page(out).execute_script("return vistvis.state.head") == 0
+    chromium.execute_script("vistvis.set({head: 'mean'})")
+    time.sleep(0.5)
+    link = chromium.current_url
+    assert "head=mean" in link
+    chromium.get("about:blank")
+    chromium.get(link)
+    assert chromium.execute_script("return vistvis.state.head") == "mean"
 
 
 def test_a_folder_on_any_static_host(

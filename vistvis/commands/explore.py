@@ -126,6 +126,7 @@ def _of_photos(arguments: argparse.Namespace) -> int:
         images=_pictures(loaded),
         names=[photo.name for photo in loaded.photos] or None,
         title=model_title(model),
+        start=_start(loaded),
         **loaded.scene,
     )
 
@@ -150,6 +151,12 @@ def _suggested(loaded: LoadedModel) -> list[str]:
         if site.path in loaded.names or not loaded.names:
             kinds.setdefault(site.kind, []).append(site.name)
     return [names[block if block < len(names) else -1] for names in kinds.values()]
+
+
+def _start(loaded: LoadedModel) -> dict[str, Any]:
+    """The head that the model's description suggests, where it does."""
+    head = getattr(loaded.model, "default", {}).get("head")
+    return {} if head is None else {"head": head}
 
 
 def _show(

@@ -123,11 +123,13 @@ def gather(
     names: Sequence[str] | None = None,
     near: Path | None = None,
     against: Mapping[str, Attention] | None = None,
+    start: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Contents:
     """Pack the chosen sites one after another into a file without a name, in the folder `near`.
 
-    What the arguments are, `explore` says.
+    `start` is what the page's state begins with (state.js), such as a head; what the other
+    arguments are, `explore` says.
     """
     images = getattr(source, "images", None) if images is None else images
     layout = _layout(source, chosen.names, images)
@@ -177,6 +179,7 @@ def gather(
         "omitted": omitted,
         "cmaps": _cmaps(),
         "python": f"run = {opened}",
+        "start": dict(start or {}),
         **cloud,
     }
     if against is not None:

@@ -50,9 +50,10 @@ function middleOf(layout) {
   return Math.min(layout.count - 1, layout.patchToken(0, rows >> 1, cols >> 1));
 }
 
-export function stateHash(state) {
+/** What differs from how the page starts; `own` is what it says of that itself. */
+export function stateHash(state, own = {}) {
   const words = new URLSearchParams();
-  for (const [name, start] of Object.entries(START)) {
+  for (const [name, start] of Object.entries({ ...START, ...own })) {
     if (String(state[name]) !== String(start) && state[name] !== null) {
       words.set(name, String(state[name]));
     }

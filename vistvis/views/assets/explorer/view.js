@@ -23,7 +23,8 @@ export class View {
     this.cmaps = colourTables(manifest);
     this.hover = this.highlight = this.answer = null;
     this.build();
-    this.state = checkedState(alone ? hashState(location.hash) : {}, this.sights, this.cmaps);
+    this.start = manifest.start ?? {};
+    this.state = this.fromStart(alone ? hashState(location.hash) : {});
     this.state.size ??= this.fitting();
     if (alone) addEventListener("hashchange", () => this.fromHash());
   }
@@ -109,8 +110,12 @@ export class View {
     this.refresh();
   }
 
+  fromStart(state) {
+    return checkedState({ ...this.start, ...state }, this.sights, this.cmaps);
+  }
+
   fromHash() {
-    const state = checkedState(hashState(location.hash), this.sights, this.cmaps);
+    const state = this.fromStart(hashState(location.hash));
     state.size ??= this.state.size;
     this.state = state;
     this.refresh();
@@ -127,7 +132,7 @@ export class View {
     if (pinFocused) this.frames.root.focus();
     if (this.alone) {
       clearTimeout(this.hashing);
-      this.hashing = setTimeout(() => history.replaceState(null, "", stateHash(this.state)), 150);
+      this.hashing = setTimeout(() => history.replaceState(null, "", stateHash(this.state, this.start)), 150);
     }
     this.schedule();
     this.showMultiples();
