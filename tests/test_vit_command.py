@@ -112,3 +112,28 @@ def test_wrong_input(
 ) -> None:
     assert main(["vit", str(photo), *MODEL, "-o", str(tmp_path / "out"), *more]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_a_movie_of_a_video_and_one_of_its_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip, out = tmp_path / "clip.gif", tmp_path / "seen.gif"
+    greys = [Image.new("RGB", (64, 48), (60 * n, 90, 120)) for n in range(3)]
+    greys[0].save(clip, save_all=True, append_images=greys[1:], duration=200)
+    words = ["vit", str(clip), *MODEL, "--head", "0"]
+    assert main([*words, "--every", "1f", "--movie", str(out)]) == 0
+    assert f"wrote {out} (" in capsys.readouterr().out
+    with Image.open(out) as movie:
+        assert movie.n_frames == 3
+        assert movie.width > 300
+    folder = tmp_path / "out"
+    assert main([*words, "--every", "1f", "--batch", "2", "--out", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "replaced" not in said
+    assert "--every 1f --batch 2" in said.splitlines()[-1]
+    assert main([*words, "--every", "1f", "--batch", "2", "--out", str(folder)]) == 0
+    assert "replaced what was there" in capsys.readouterr().out
+    assert main([*words, "--every", "1f", "--batch", "3"]) == 2
+    assert "--batch 3 is outside 0…2" in capsys.readouterr().err
+    assert main([*words, "--every", "1f"]) == 2
+    assert "choose with --batch 0…2" in capsys.readouterr().err
