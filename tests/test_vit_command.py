@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 pytest.importorskip("timm")
+from vistvis import progress
 from vistvis.cli import main
 
 MODEL = ["--model", "test_vit", "--weights", "random"]
@@ -137,3 +140,32 @@ def test_a_movie_of_a_video_and_one_of_its_pictures(
     assert "--batch 3 is outside 0…2" in capsys.readouterr().err
     assert main([*words, "--every", "1f"]) == 2
     assert "choose with --batch 0…2" in capsys.readouterr().err
+
+
+def test_a_bar_that_is_drawn_leaves_the_model_as_it_is(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+
+    class Drawn(nullcontext[Any]):
+        def __enter__(self) -> Drawn:
+            return self
+
+        def update(self, count: int = 1) -> bool:
+            steps.append(count)
+            return True  # as tqdm's, when it has drawn
+
+    rows, real = [], progress.progress
+    for shown in (False, True):
+        if shown:
+
+            def bar(steps: Any, label: str, **options: Any) -> Any:
+                return Drawn() if steps is None else real(steps, label, **options)
+
+            monkeypatch.setattr(progress, "progress", bar)
+        out = tmp_path / str(shown)
+        assert main(["vit", str(photo), *MODEL, "--head", "0", "--out", str(out)]) == 0
+        with np.load(next(out.glob("*.npz"))) as stored:
+            rows.append(stored["rows"])
+    assert len(steps) == 6
+    assert np.array_equal(*rows)

@@ -29,7 +29,7 @@ from vistvis.errors import InputError
 from vistvis.files import PathLike, atomic_file
 from vistvis.models.sites import find_sites
 from vistvis.photos.photo import Photo
-from vistvis.progress import progress
+from vistvis.progress import run_progress
 
 if TYPE_CHECKING:
     from vistvis.views.figures import NotebookFigure
@@ -199,16 +199,10 @@ def ask(
 
 @contextmanager
 def blocks_progress(model: nn.Module) -> Iterator[None]:
-    """A bar over the blocks while the model runs, if that takes longer than two seconds."""
+    """A `run_progress` over what has attention up to the last block."""
     part = watched_part(model)
     # What has attention up to the last block: encoders come first, heads that may not run after.
     names = find_sites(part).names
     last = max(names.index(block.path) for block in find_blocks(part))
-    blocks = [part.get_submodule(name) for name in names[: last + 1]]
-    with progress(None, "running the model", unit="block", total=len(blocks), delay=2) as bar:
-        hooks = [block.register_forward_hook(lambda *_: bar.update() and None) for block in blocks]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with run_progress(part, names[: last + 1], unit="block"):
+        yield

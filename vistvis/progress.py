@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def progress(
@@ -29,6 +32,23 @@ def progress(
     from tqdm.auto import tqdm
 
     return tqdm(steps, desc=label, unit=unit, total=total, delay=delay, leave=not delay)
+
+
+@contextlib.contextmanager
+def run_progress(
+    model: nn.Module, paths: Iterable[str], *, unit: str, shown: bool | None = True
+) -> Iterator[None]:
+    """A bar over some submodules while the model runs, if that takes longer than two seconds."""
+    modules = [model.get_submodule(path) for path in paths]
+    label = "running the model"
+    with progress(None, label, unit=unit, total=len(modules), shown=shown, delay=2) as bar:
+        # What a hook returns takes the place of the module's output, and a bar says True.
+        hooks = [one.register_forward_hook(lambda *_: bar.update() and None) for one in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class _Silent(contextlib.nullcontext[Any]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 import shlex
 from collections.abc import Sequence
@@ -156,20 +155,17 @@ class _Drawing:
 
         from vistvis.hooks.capture import capture
         from vistvis.models.sites import find_sites
-        from vistvis.progress import progress
+        from vistvis.progress import run_progress
 
         model = self.loaded.model
         paths = find_sites(model).names
         paths = paths[: 1 + max(map(paths.index, names))]
-        bar = progress(
-            None, "running the model", unit="site", total=len(paths), shown=None, delay=2
-        )
-        with contextlib.ExitStack() as hooks, bar:
-            for path in paths:
-                module = model.get_submodule(path)
-                hooks.callback(module.register_forward_hook(lambda *_: bar.update()).remove)
-            with torch.inference_mode(), capture(model, names, layout=self.layout) as captured:
-                model(self.loaded.images)
+        with (
+            run_progress(model, paths, unit="site", shown=None),
+            torch.inference_mode(),
+            capture(model, names, layout=self.layout) as captured,
+        ):
+            model(self.loaded.images)
         return captured
 
     def maps(
