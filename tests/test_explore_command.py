@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_explorer import manifest_of
-from zoo import VGGTLike
+from zoo import store_scene
 
 import vistvis
 from vistvis import cli
@@ -23,14 +22,7 @@ SAMPLES = sorted((Path(__file__).parents[1] / "vggt_adapter" / "samples").glob("
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model, images = VGGTLike().eval(), torch.rand(1, 2, 3, 28, 42)
-    with vistvis.capture(model) as captured, torch.no_grad():
-        model(images)
-    folder = tmp_path_factory.mktemp("runs") / "scene"
-    metadata = {"photos": [{"name": "a.jpg"}, {"name": "b.jpg"}]}
-    vistvis.save_run(captured, folder, images=images, model="small@random", metadata=metadata)
-    return folder
+    return store_scene(tmp_path_factory.mktemp("runs") / "scene", ("a.jpg", "b.jpg"))
 
 
 def test_photographs_to_a_page(

@@ -6,29 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from zoo import VGGTLike
+from zoo import store_scene
 
 import vistvis
 from vistvis import cli
 from vistvis.models.loading import load
-from vistvis.photos.photo import SeenPhoto
-from vistvis.photos.records import photos_metadata
 
 SAMPLES = sorted((Path(__file__).parents[1] / "vggt_adapter" / "samples").glob("view_*.jpg"))
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model, images = VGGTLike().eval(), torch.rand(1, 2, 3, 28, 42)
-    with vistvis.capture(model) as captured, torch.no_grad():
-        model(images)
-    folder = tmp_path_factory.mktemp("runs") / "scene"
-    metadata = photos_metadata([SeenPhoto(name, None, None) for name in "ab"])
-    vistvis.save_run(captured, folder, images=images, model="small@random", metadata=metadata)
-    return folder
+    return store_scene(tmp_path_factory.mktemp("runs") / "scene", "ab")
 
 
 def test_photographs_through_a_model(

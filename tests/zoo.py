@@ -6,6 +6,8 @@ travel, which kernel is called and how, what is written in place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+import vistvis
+from vistvis.photos.photo import SeenPhoto
+from vistvis.photos.records import photos_metadata
 
 
 class Rope2D(nn.Module):
@@ -129,6 +135,17 @@ class VGGTLike(nn.Module):
             x = x.view(batch, frames, count, width)
             out.append(torch.cat((local, x), -1))
         return out
+
+
+def store_scene(folder: Path, names: Sequence[str]) -> Path:
+    """A run of the small VGGT over two pictures of these names."""
+    torch.manual_seed(0)
+    model, images = VGGTLike().eval(), torch.rand(1, 2, 3, 28, 42)
+    with vistvis.capture(model) as captured, torch.no_grad():
+        model(images)
+    metadata = photos_metadata([SeenPhoto(name, None, None) for name in names])
+    vistvis.save_run(captured, folder, images=images, model="small@random", metadata=metadata)
+    return folder
 
 
 class Pi3Attention(nn.Module):

@@ -45,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _options.add_every(parser)
     text = f"for photographs: vggt:FILE, a timm name (default {_MODEL})"
     parser.add_argument("-m", "--model", metavar="NAME", help=text)
-    text = "which sites (default: the model's suggested block; of a run what fits 100 MB)"
-    parser.add_argument("--sites", nargs="+", metavar="GLOB", help=text)
+    _options.add_sites(parser, default="the suggested block; of a run what fits 100 MB")
     text = "another run of the same pictures: both side by side, and their difference"
     parser.add_argument("--against", metavar="RUN", help=text)
     _options.add_place(parser)

@@ -32,8 +32,7 @@ export class Frames {
     const frames = this.source.manifest.frames?.slice(batch * sight.panels);
     this.panels = Array.from({ length: sight.panels }, (_, number) => {
       const name = sight.strip ? stripName(sight, number) : frames?.[number]?.name ?? `frame ${number}`;
-      const note = sight.strip ? null : frames?.[number]?.note;
-      return this.panel(number, name, note, sight.strip ? null : this.source.image(batch, number));
+      return this.panel(number, name, sight.strip ? null : this.source.image(batch, number));
     });
     const rest = sight.strip ? [] : sight.whole.specials(null);
     this.rest = element("div", { class: "chips" });
@@ -45,7 +44,7 @@ export class Frames {
     this.addChips(this.rest, rest);
   }
 
-  panel(number, name, note, url) {
+  panel(number, name, url) {
     const layout = this.sight.strip
       ? this.sight.sides[number ? "key" : "query"]
       : this.sight.whole;
@@ -63,7 +62,6 @@ export class Frames {
     picture.addEventListener("click", (event) => this.on.pick(at(event)));
     const chips = element("div", { class: "chips" });
     const caption = element("figcaption", {}, element("bdi", {}, name));
-    if (note) caption.append(" ", element("bdi", { class: "note" }, note));
     const figure = element("figure", {}, caption, picture, chips);
     return { figure, picture, canvas, marks, chips, name, url, layout };
   }
