@@ -155,7 +155,7 @@ def _of_heads(call: SdpaCall, heads: Sequence[int]) -> SdpaCall:
 def _by_groups(call: SdpaCall, cuts: tuple[Cut, ...]) -> Tensor:
     """Queries that see the same keys run together, on those."""
     if not cuts:
-        return _kernel(call)
+        return kernel(call)
     groups = list(_groups(cuts))
     parts = [part for rows, keys in groups for part in _attend(call, rows, keys)]
     return _ordered(torch.cat(parts, -2), -2, torch.cat([rows for rows, _ in groups]))
@@ -178,17 +178,17 @@ def _groups(cuts: tuple[Cut, ...]) -> Iterator[tuple[Tensor, Tensor]]:
 def _attend(call: SdpaCall, rows: Tensor, keys: Tensor) -> Iterator[Tensor]:
     mask = call.attn_mask
     if not len(keys):
-        like = _kernel(_of_tokens(call, rows[:1], torch.tensor([0])))
+        like = kernel(_of_tokens(call, rows[:1], torch.tensor([0])))
         yield like.new_zeros(*like.shape[:-2], len(rows), like.shape[-1])
         return
     whole = len(rows) == call.query.shape[-2] and len(keys) == call.key.shape[-2]
     if not call.is_causal or whole:
-        yield _kernel(_of_tokens(call, rows, keys))
+        yield kernel(_of_tokens(call, rows, keys))
         return
     for some in torch.split(rows, _CAUSAL_ROWS):
         mask = (keys <= some[:, None]).to(call.query.device)
         part = _of_tokens(call._replace(attn_mask=None, is_causal=False), some, keys)
-        yield _kernel(part._replace(attn_mask=mask))
+        yield kernel(part._replace(attn_mask=mask))
 
 
 def _of_tokens(call: SdpaCall, rows: Tensor, keys: Tensor) -> SdpaCall:
@@ -217,7 +217,8 @@ def _ordered(tensor: Tensor, dim: int, places: Tensor) -> Tensor:
     return _some(tensor, dim, places.argsort())
 
 
-def _kernel(call: SdpaCall) -> Tensor:
+def kernel(call: SdpaCall) -> Tensor:
+    """The call as it is."""
     more: dict[str, Any] = {"enable_gqa": True} if call.enable_gqa else {}
     out: Tensor = SDPA(*call[:6], scale=call.scale, **more)
     return out

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vistvis.errors import SiteError
-from vistvis.hooks.changed import Change, changed_attention
+from vistvis.hooks.changed import Change, changed_attention, kernel
 from vistvis.hooks.multihead import MULTIHEAD_FORWARD, relinked
 from vistvis.hooks.readings import SDPA, SdpaCall
 from vistvis.models.sites import Site
@@ -53,6 +53,8 @@ class Changer(TorchFunctionMode):
                 "heads and tokens each call is about is not known; it can't be changed"
             )
         change = self._change_of(call)
+        if not (change.modes or change.cuts):  # frame blocks within their frame
+            return changed_attention(call, before) if before else kernel(call)
         if "uniform" in change.modes.values():
             self._check_mask(call.attn_mask)
         return changed_attention(call, before.then(change) if before else change)

@@ -294,14 +294,15 @@ class Intervention:
             return self._cuts[known]
         layout = self._state.layout
         info = site_info(site, shape, source="kernel", rope=None, layout=layout, window=None)
-        if placing is not None and layout is not None:
-            lost = placing.queries.lost or (placing.keys is not None and placing.keys.lost)
+        if placing is not None:
+            sides = [placing.queries, *([placing.keys] if placing.keys else [])]
+            lost = layout is not None and any(side.lost for side in sides)
             merged = shape[2] == shape[3] < placing.count
             if lost or merged:
                 raise SiteError(
-                    f"the tokens of site {site.name!r} were "
-                    f"{'merged' if merged else 'moved'} in a way that can't be followed before its "
-                    "kernel got them, and a cut needs to know which is which"
+                    f"the tokens of site {site.name!r} were {'merged' if merged else 'moved'} "
+                    "before its kernel got them, and a cut needs to know which is which; switch "
+                    "that off in the model"
                 )
             info = placing.onto(info, shape)
         self._cuts[known] = self._plan.cuts(info, *shape[2:])

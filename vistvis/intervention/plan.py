@@ -236,7 +236,11 @@ def _sequence(values: Any, name: str) -> list[Any]:
 
 
 def _some(what: str, numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:6])) + (f" … {numbers[-1]}" if len(numbers) > 6 else "")
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) > 2 and list(numbers) == list(range(first, last + 1)):
+        shown = f"{first}…{last}"
+    else:
+        shown = ", ".join(map(str, numbers[:6])) + (", …" if len(numbers) > 6 else "")
     many = what if len(numbers) == 1 else {"query": "queries"}.get(what, f"{what}s")
     return f"{many} {shown}"
 
