@@ -123,7 +123,7 @@ def intervene(
             '"zero" or "mean", or a cut'
         )
     every = find_sites(model)
-    every = every.named(_block_names(model, every) if names is None else names)
+    every = every.named(block_names(model, every) if names is None else names)
     chosen = choose_sites(every, sites)
     for site in every:
         if site in list(chosen) or (site.refused and _is_named(site, sites)):
@@ -355,7 +355,7 @@ def _batch(args: Args, kwargs: Kwargs) -> int | None:
     return None
 
 
-def _block_names(model: nn.Module, sites: SiteList) -> dict[str, str]:
+def block_names(model: nn.Module, sites: SiteList) -> dict[str, str]:
     """What VGGT's users call the blocks of a multi-view model, by the dotted name of their site.
 
     As in the front end: of a kind that fills several lists, those of the first.
