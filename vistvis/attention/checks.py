@@ -40,11 +40,11 @@ def check_value(value: Tensor, shape: tuple[int, ...], device: torch.device) -> 
         raise InputError(
             f"value is a floating tensor (batch, heads, keys, width), got {describe(value)}"
         )
-    batch, heads, keys, _ = value.shape
-    if (batch, keys) != (shape[0], shape[3]) or not heads or shape[1] % heads:
+    batch, heads, keys, width = value.shape
+    if (batch, keys) != (shape[0], shape[3]) or not heads or shape[1] % heads or not width:
         raise InputError(
-            f"value (B, h_v, Nk, dv) has the B and Nk of (B, h, Nq, Nk) = {tuple(shape)}, and h_v "
-            f"divides h; got {tuple(value.shape)}"
+            f"value (B, h_v, Nk, dv) has the B and Nk of (B, h, Nq, Nk) = {tuple(shape)}, h_v "
+            f"divides h and dv is 1 at least; got {tuple(value.shape)}"
         )
     if value.device != device:
         raise InputError(f"value is on {value.device} and the rest on {device}; move one")
