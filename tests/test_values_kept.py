@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import outputs_equal
+from families import outputs_equal, prepare
+from oracle import sharpen
 from standins import flash_attn_func, flash_attn_varlen_func, memory_efficient_attention, package
 from test_capture import GLOBAL, sharp_model
 from test_explorer_packing import sharp
@@ -246,6 +247,62 @@ def test_kernels_and_grouped_values(
     close(attention, out["Kernels"])
     assert attention.value is not None
     assert attention.value.shape[1] == key_heads  # as it came, not repeated
+
+
+class OneToken(nn.Module):
+    """With one query token, grouped heads lie where queries do, as transformers packs them."""
+
+    num_heads, num_key_value_groups = 4, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.proj = nn.Linear(32, 32), nn.Linear(32, 32), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = 6 * self.q(x[:, -1]).unflatten(-1, (2, 2, 8))
+        k, v = self.kv(x).unflatten(-1, (2, 2, 8)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.flatten(1)[:, None])
+
+
+def test_grouped_values_of_one_token() -> None:
+    model = OneToken().eval()
+    with (
+        torch.no_grad(),
+        projected(model) as out,
+        vistvis.capture(model, values=True, verify=True) as captured,
+    ):
+        model(torch.randn(2, 6, 32))
+    assert captured["OneToken"].shape == (2, 4, 1, 6)
+    close(captured["OneToken"], out["OneToken"])
+    assert captured["OneToken"].value.shape == (2, 2, 6, 8)
+
+
+@pytest.mark.parametrize("name", ["ViT", "Swin (bias, shift mask)", "CrossViT (cross-attention)"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_models_of_timm(name: str, fused: bool) -> None:
+    pytest.importorskip("timm")
+    from test_families_timm import MODELS
+
+    make, size = MODELS[name]
+    model, images = make(), torch.randn(2, 3, size, size)
+    prepare(model, lambda: model(images))
+    sites = [site for site in vistvis.find_sites(model) if not site.refused]
+    for site in sites:
+        if hasattr(site.module, "fused_attn"):
+            site.module.fused_attn = fused
+
+    def largest() -> dict[str, float]:
+        with torch.no_grad(), vistvis.capture(model) as captured:
+            model(images)
+        return {name: float(one.dense().max()) for name, one in captured.items()}
+
+    sharpen({site.name: site.module for site in sites}, largest)
+    with torch.no_grad(), projected(model) as out, vistvis.capture(model, values=True) as captured:
+        model(images)
+    assert len(captured) == len(sites)
+    for name, attention in captured.items():
+        close(attention, out[name])
 
 
 @pytest.mark.parametrize("grad", [False, True])
