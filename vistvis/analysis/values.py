@@ -72,7 +72,8 @@ def sink_kinds(
     least `full` times that length, and the head's output U = weights @ V for all queries has a
     stable rank ‖U‖²_F / ‖U‖²_2 of at most `rank`: all get nearly the same vector. Everything else
     is "other", such as a sink that takes too little of the attention to rule its head's output;
-    with `rank=math.inf` lengths alone tell. NaN where a head has no other value, or gives nothing.
+    with `rank=math.inf` lengths alone tell. A head that attends evenly gives all the same as well:
+    `shares` say how strong a sink is. NaN where a head has no other value, or gives nothing.
 
     After Fesser et al., "A Unifying View of Attention Sinks" (arXiv 2606.08105), with the
     thresholds of the authors' code. Differences: they call a sink a key to which 9 of 10 queries
