@@ -254,8 +254,8 @@ def _led(tensor: Tensor, lead: Sequence[int]) -> Tensor:
         return tensor.expand(*lead, *tensor.shape[-2:])
     except RuntimeError as error:
         raise UnreadableError(
-            f"its values {tuple(tensor.shape)} are of more items than its weights "
-            f"{(*lead, '…', '…')}; leave out values=True"
+            f"its values {tuple(tensor.shape)} are of more items than its weights, {tuple(lead)}; "
+            "leave out values=True (and verify=True)"
         ) from error
 
 
