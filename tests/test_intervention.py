@@ -158,6 +158,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"mean": (0, 1), "seen": seen(lambda i, j: j == 3, heads=(0, 1))},
     ),
 }
+PAIRS = list(itertools.permutations(range(3), 2))
 BIAS = torch.randn(1, H, N, N, generator=torch.Generator().manual_seed(3))
 HIDES = torch.rand(2, 1, N, N, generator=torch.Generator().manual_seed(4)) < 0.6
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -507,6 +508,33 @@ def test_frames_of_a_vggt_that_are_cut_in_a_capture(vggt: VGGT, pictures: Tensor
     mass = frame_mass(captured).sum(-1).mean(-1)
     assert (mass - torch.eye(3)).abs().max() < 1e-5
     assert captured.dense().amax(-1).mean() > 0.3
+
+
+def test_other_ways_to_capture_show_the_change_too(vggt: VGGT, pictures: Tensor) -> None:
+    site, apart = "aggregator.global_blocks.3.attn", torch.arange(75) // 25
+    outside = (apart[:, None] != apart[None]).expand(2, 2, -1, -1)
+    for options in ({"rope": False}, {"keep": "cpu", "values": True}):
+        for change in ({"within_frame": True}, {"cut": PAIRS}):
+            with capture(vggt, site, **options) as c, intervene(vggt, site, **change):
+                vggt(pictures)
+            assert torch.equal(c[site].dense() == 0, outside)
+            assert c[site].site.intervened  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if "mean" not in name])
+def test_weights_times_values_are_the_output(change: str) -> None:
+    asked, _ = CHANGES[change]
+    model, call = Model(), tensors(groups=2)
+    with (
+        capture(model, values=True, layout=LAYOUT) as captured,
+        intervene(model, "attn", layout=LAYOUT, **asked),
+    ):
+        out = model(*call, enable_gqa=True)
+    attention = captured["attn"]
+    assert attention.value is not None
+    assert attention.value.shape == call[2].shape
+    value = attention.value.repeat_interleave(2, 1)
+    assert (attention.dense() @ value - out).abs().max() < 5e-6
 
 
 def test_one_head_of_one_block_by_its_name(vggt: VGGT, pictures: Tensor) -> None:
