@@ -109,8 +109,8 @@ class Side:
         if self.order is None:
             every = torch.arange(self.count)[None]
             return every, every
-        tokens = torch.atleast_2d(self.order.tokens.cpu())
+        tokens = self.order.tokens.cpu().reshape(-1, self.order.tokens.shape[-1])
         members = self.order.members
         if members is None:
             return tokens, torch.arange(self.count).expand_as(tokens)
-        return tokens, torch.atleast_2d(members.cpu())
+        return tokens, members.cpu().reshape(tokens.shape)
