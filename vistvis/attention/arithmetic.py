@@ -26,8 +26,10 @@ def one_by_many(one: Tensor, many: Tensor, scale: float | Tensor) -> Tensor:
     return torch.mv(many, one * scale)
 
 
-def logits(query: Tensor, key: Tensor, scale: float | Tensor) -> Tensor:
-    """scale · Q Kᵀ, `(B, h, Q, K)`.
+def logits(
+    query: Tensor, key: Tensor, scale: float | Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """scale · Q Kᵀ, `(B, h, Q, K)`, into `out` where one is given.
 
     `query` is `(B, h, Q, d)`, `key` `(B, h_k, K, d)`, `scale` a number or `(h, 1, 1)`.
     """
@@ -37,7 +39,7 @@ def logits(query: Tensor, key: Tensor, scale: float | Tensor) -> Tensor:
         key = key * scale
     else:
         query = query * scale
-    return products(query, key)
+    return products(query, key, out=out)
 
 
 def masked(values: Tensor, masks: Iterable[Tensor]) -> Tensor:
@@ -65,13 +67,15 @@ def at_indices(
     return function(*front, *indices)
 
 
-def products(query: Tensor, key: Tensor) -> Tensor:
+def products(query: Tensor, key: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Q Kᵀ, `(B, h, Q, K)`; key heads that serve several query heads are not repeated."""
     key_heads = key.shape[1]
     if key_heads != query.shape[1]:
         groups = query.shape[1] // key_heads
         together = rearrange(query, "b (k g) q d -> b k (g q) d", g=groups)
         return rearrange(together @ key.mT, "b k (g q) n -> b (k g) q n", g=groups)
+    if out is not None:
+        return torch.matmul(query, key.mT, out=out)
     if key.shape[2] == 1:
         # A batched (N, d) × (d, 1) is up to four times slower than (1, d) × (d, N).
         return (key @ query.mT).mT

@@ -314,7 +314,8 @@ class Attention(LazyRows):
         logits = self._finite(arithmetic.one_by_many(one, key.to(self.dtype), scale))
         return torch.softmax(logits, 0)
 
-    def _logits(self, box: Box) -> Tensor:
+    def _logits(self, box: Box, out: Tensor | None = None, *, finite: bool = False) -> Tensor:
+        """Logits, into `out` where that can be; `finite` where they are known to be."""
         if self.segments is not None:
             return self._by_segments(Attention._logits, box, -math.inf)
         b, h, q, k = box
@@ -333,7 +334,9 @@ class Attention(LazyRows):
             masks.append(columns <= rows[:, None])
         if self.mask is not None:
             masks.append(take(self.mask.expand(self.shape), *box))
-        logits = self._finite(arithmetic.logits(query, key, scale))
+        logits = arithmetic.logits(query, key, scale, out=out)
+        if not finite:
+            self._finite(logits)
         if not (self.score_mod or self.mask_mod):
             return self._below_inf(arithmetic.masked(logits, masks))
         numbers = [
@@ -435,7 +438,7 @@ class GivenWeights(Attention):
         self.check_unwritten()
         return _rebuilt, (GivenWeights, {"weights": self.weights, "site": self.site})
 
-    def _logits(self, box: Box) -> Tensor:
+    def _logits(self, box: Box, out: Tensor | None = None, *, finite: bool = False) -> Tensor:
         raise InputError(
             f"logits need queries and keys, and {self._name()} was made from weights alone"
         )
