@@ -9,3 +9,6 @@ from vistvis.analysis.rows import received as received
 from vistvis.analysis.rows import sink_tokens as sink_tokens
 from vistvis.analysis.rows import top_keys as top_keys
 from vistvis.analysis.rows import top_mass as top_mass
+from vistvis.analysis.summary import Summary as Summary
+from vistvis.analysis.summary import summarize as summarize
+from vistvis.analysis.table import Table as Table
