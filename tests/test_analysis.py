@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from vistvis import Attention, SiteInfo, TokenLayout, open_run, save_run
+from vistvis import Attention, SiteInfo, TokenLayout, TokenOrder, open_run, save_run
 from vistvis.analysis import (
     distance,
     effective_rank,
@@ -142,6 +143,69 @@ def test_distances_equal_dense_ones(max_bytes: int | None) -> None:
             expected[:, :, q] = total / mass
         close(distance(a, max_bytes=max_bytes), expected)
         assert distance(a)[:, :, :3].isnan().all()  # camera and registers lie nowhere
+
+
+def reordered(per_item: bool) -> tuple[Attention, list[Tensor]]:
+    """`sharp` with its tokens in another order, which its site tells, and that order."""
+    a = sharp()
+    assert a.site is not None
+    generator = torch.Generator().manual_seed(3)
+    orders = [torch.randperm(N, generator=generator) for _ in range(2)]
+    if not per_item:
+        orders[1] = orders[0]
+    query, key = (torch.stack([t[b][:, orders[b]] for b in range(2)]) for t in (a.query, a.key))
+    order = TokenOrder(torch.stack(orders) if per_item else orders[0])
+    site = replace(a.site, query_order=order, key_order=order)
+    return Attention(query=query, key=key, site=site), orders
+
+
+@pytest.mark.parametrize("per_item", [False, True])
+@SIZES
+def test_tokens_in_another_order_are_followed(per_item: bool, max_bytes: int | None) -> None:
+    moved, orders = reordered(per_item)
+    a = sharp()
+    close(frame_mass(moved, max_bytes=max_bytes), frame_mass(a))
+    for b, order in enumerate(orders):
+        for kind, mass in special_mass(moved, max_bytes=max_bytes).items():
+            close(mass[b], special_mass(a)[kind][b][:, order])
+        close(distance(moved, max_bytes=max_bytes)[b], distance(a)[b][:, order])
+    # The order left out goes red.
+    assert moved.site is not None
+    bare = moved.with_site(replace(moved.site, query_order=None, key_order=None))
+    with pytest.raises(AssertionError):
+        close(frame_mass(bare), frame_mass(a))
+
+
+def test_dropped_and_merged_tokens_count_as_the_order_says() -> None:
+    tokens = torch.tensor([0, 3, 4, 5, 15, 20, 21, 22, -1])
+    members = torch.tensor([0, 1, 1, 2, 3, 4, 4, 5, 6])
+    a = sharp()
+    assert a.site is not None
+    order = TokenOrder(tokens, members)
+    site = replace(a.site, query_order=order, key_order=order)
+    merged = Attention(query=a.query[:, :, :7], key=a.key[:, :, :7], site=site)
+    p = order.spread(dense(merged), N)  # (2, 4, 7, 30)
+    kinds = [LAYOUT.locate(token).kind for token in range(N)]
+    for kind, mass in special_mass(merged).items():
+        close(mass, p[..., [one == kind for one in kinds]].sum(-1))
+    frames = torch.arange(N) // LAYOUT.tokens_per_frame
+    patch = torch.tensor([one == "patch" for one in kinds])
+    rows = p[:, :, members[[i for i, t in enumerate(tokens) if t in (3, 4, 5)]]]
+    mass = frame_mass(merged)
+    close(mass[:, :, 0, 1, 1, 1], rows[..., (frames == 1) & patch].sum(-1).mean(2))
+    assert mass[:, :, 1, :, 0].isfinite().all()  # token 15 is the camera of frame 1
+    with pytest.raises(LayoutError, match="merged"):
+        distance(merged)
+
+
+def test_keys_of_earlier_frames_lie_before_those_of_the_queries() -> None:
+    """A cache: the queries are frame 1 of the keys' two frames."""
+    a, first = sharp(), LAYOUT.tokens_per_frame
+    assert a.site is not None
+    site = replace(a.site, query_layout=LAYOUT.frame_layout(), first_frame=1)
+    late = Attention(query=a.query[:, :, first:], key=a.key, site=site)
+    close(distance(late), distance(a)[:, :, first:])
+    close(frame_mass(late)[:, :, 0], frame_mass(a)[:, :, 1])
 
 
 def test_known_answers() -> None:
