@@ -49,6 +49,7 @@ def masked() -> Attention:
 
 SOURCES: dict[str, Callable[[], Attention]] = {
     "plain": sharp,
+    "large": lambda: sharp(scale=2.0),  # logits whose maximum has to be taken off
     "masked": masked,
     "causal": lambda: sharp(causal=True),
     "grouped": lambda: sharp(key_heads=2),
@@ -247,6 +248,13 @@ def test_a_token_off_is_seen() -> None:
 
 def test_what_cannot_be_answered_is_an_error() -> None:
     a = sharp()
+    query = a.query.clone()
+    query[0, 0, 3, 0] = math.inf
+    for call in (entropy, received, frame_mass):
+        with pytest.raises(InputError, match="must be finite"):
+            call(Attention(query=query, key=a.key, site=a.site))
+        with pytest.raises(InputError, match="overflow"):
+            call(Attention(query=a.query * 1e30, key=a.key * 1e30, site=a.site))
     for k in (0, N + 1):
         with pytest.raises(InputError, match=rf"1 to the number of keys, {N}, got {k}"):
             top_keys(a, k)
