@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vistvis import Attention, SiteInfo, TokenLayout, TokenOrder, open_run, save_run
+from vistvis import Attention, SiteInfo, TokenLayout, TokenOrder, WindowInfo, open_run, save_run
 from vistvis.analysis import (
     distance,
     effective_rank,
@@ -20,6 +20,7 @@ from vistvis.analysis import (
     received,
     sink_tokens,
     special_mass,
+    summarize,
     top_keys,
     top_mass,
 )
@@ -244,6 +245,34 @@ def test_a_token_off_is_seen() -> None:
         close(received(a), p.sum(2))
     with pytest.raises(AssertionError):
         close(frame_mass(a)[:, :, 0, 0, 1, 1], p[:, :, 3:15, 3:15].sum(-1).mean(2))
+
+
+def test_windows_have_rows_and_no_places() -> None:
+    window = WindowInfo(grid=(10, 6), window=(5, 6))  # a batch item for each of two windows
+    a = sharp()
+    cut = a.with_site(SiteInfo("windows", "window", window=window))
+    close(entropy(cut), entropy(a))
+    close(received(cut), received(a))
+    with pytest.raises(LayoutError, match="'windows' does not say where its key tokens lie"):
+        special_mass(cut)
+
+
+@pytest.mark.gpu
+def test_numbers_on_cuda_are_those_on_the_cpu() -> None:
+    a = sharp().to(torch.bfloat16)
+    there = a.to("cuda")
+    for call in (entropy, received, frame_mass, distance):
+        found = call(there)
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), call(a), rtol=1e-4, atol=1e-5, equal_nan=True)
+    for kind, mass in special_mass(there).items():
+        torch.testing.assert_close(mass.cpu(), special_mass(a)[kind], rtol=1e-4, atol=1e-5)
+    table = summarize(there)
+    for name, column in summarize(a).columns.items():
+        if column.dtype.kind == "f":
+            torch.testing.assert_close(
+                torch.from_numpy(table[name]), torch.from_numpy(column), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_what_cannot_be_answered_is_an_error() -> None:
