@@ -12,3 +12,5 @@ from vistvis.analysis.rows import top_mass as top_mass
 from vistvis.analysis.summary import Summary as Summary
 from vistvis.analysis.summary import summarize as summarize
 from vistvis.analysis.table import Table as Table
+from vistvis.analysis.values import sink_kinds as sink_kinds
+from vistvis.analysis.values import weighted_values as weighted_values
