@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vistvis import Attention, SiteInfo, TokenLayout, open_run, save_run
-from vistvis.analysis import correspondence, match_rate
+from vistvis.analysis import correspondence, cost_volume, match_rate, similarity
 from vistvis.analysis.matching import How
 from vistvis.attention import TokenOrder
 from vistvis.errors import InputError, LayoutError
@@ -491,3 +491,21 @@ def test_what_cannot_be_answered_is_an_error() -> None:
     site = SiteInfo("small", "global", query_layout=small, key_layout=small)
     with pytest.raises(InputError, match="fits fundamental matrix and disparity"):
         match_rate(sharp(18, 18, site=site), 0, 1, torch.ones(3, 3))
+
+
+@pytest.mark.gpu
+def test_matches_on_cuda_are_those_on_the_cpu() -> None:
+    disparity = torch.full(LAYOUT.image_size, 10.0)
+    for a in (sharp(), reordered()):
+        there = a.to("cuda")
+        for found, expected in zip(
+            correspondence(there, 0, 1), correspondence(a, 0, 1), strict=True
+        ):
+            assert found.is_cuda
+            close(found.cpu(), expected)
+        for truth in (matches(torch.arange(12)), disparity, fundamental(0)):
+            found, expected = match_rate(there, 0, 1, truth), match_rate(a, 0, 1, truth)
+            close(found.rate.cpu(), expected.rate)
+            assert found.counted.tolist() == expected.counted.tolist()
+        close(cost_volume(there, 0, 1).double().cpu(), cost_volume(a, 0, 1).double())
+        close(similarity(there, samples=5).matrix, similarity(a, samples=5).matrix)
