@@ -1,8 +1,9 @@
 """Rollout of one query through 12 blocks of ViT-S at 1370 tokens, beside the dense routes.
 
-12 blocks, 6 heads of width 64, float32, the same Q and K for all. Dense is what others do: softmax matrices, their mean over heads, the identity added, and all of it multiplied; or one
-row handed through the matrices. Where `fast_vit_rollout` can be imported, its own code gets the
-same softmax matrices, without and with its default discarding.
+12 blocks, 6 heads of width 64, float32, the same Q and K for all. Dense is what others do: softmax
+matrices, their mean over heads, the identity added, and all of it multiplied; or one row handed
+through the matrices. Where `fast_vit_rollout` can be imported, its own code gets the same softmax
+matrices, without and with its default discarding.
 
     python benchmarks/rollout.py [--rounds 15] [--threads 2]
 
