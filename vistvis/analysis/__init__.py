@@ -1,5 +1,6 @@
 """Numbers about attention, exact and without the matrix: streamed over blocks of rows."""
 
+from vistvis.analysis.blocks import rollout as rollout
 from vistvis.analysis.layouts import distance as distance
 from vistvis.analysis.layouts import frame_mass as frame_mass
 from vistvis.analysis.layouts import special_mass as special_mass
