@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vistvis.state import state as state
 
 if TYPE_CHECKING:
+    from vistvis.analysis.summary import summarize as summarize
     from vistvis.attention import Attention as Attention
     from vistvis.attention.order import TokenOrder as TokenOrder
     from vistvis.attention.site import SiteInfo as SiteInfo
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 # Where the names above live; each module is imported when one of its names is first used.
 _LAZY = {
+    "vistvis.analysis.summary": ("summarize",),
     "vistvis.attention": ("Attention",),
     "vistvis.attention.order": ("TokenOrder",),
     "vistvis.attention.site": ("SiteInfo", "WindowInfo"),

@@ -1,14 +1,20 @@
-"""Statistics that need to know where tokens lie: in which frame, and whether they are patches."""
+"""Statistics that need to know where tokens lie: in which frame, and whether they are patches.
+
+Tokens are told by the site's layouts. Where a model reordered or dropped some, its orders are
+followed; a merged token gives and gets an even part for each of its originals.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from vistvis.analysis.rows import by_rows
+from vistvis.analysis.places import Side
+from vistvis.analysis.walk import Rows, walk
 from vistvis.attention import Attention
+from vistvis.attention.indexing import Block
 from vistvis.errors import LayoutError
-from vistvis.tokens import TokenLayout
+from vistvis.tokens import PATCH, TokenLayout
 
 
 def special_mass(
@@ -19,21 +25,12 @@ def special_mass(
     Kinds come in the order of the key layout; without special tokens the dict is empty.
     LayoutError if the site does not say where its keys lie. Cost: all rows once.
     """
-    layout = _layout(a, "key")
-    places = [layout.locate(token) for token in range(layout.num_tokens)]
-    kinds = list(dict.fromkeys(place.kind for place in places if not place.is_patch))
-    if not kinds:
-        return {}
-    members = torch.tensor([[place.kind == kind for kind in kinds] for place in places])
-    chosen = members.to(a.device, torch.float64)
-    masses = by_rows(
-        a,
-        lambda weights: weights.double() @ chosen,
-        len(kinds),
-        max_bytes=max_bytes,
-        progress=progress,
-    )
-    return {kind: masses[..., number] for number, kind in enumerate(kinds)}
+    masses = Masses(a)
+    out = torch.empty(*a.shape[:3], len(masses.kinds), dtype=torch.float64, device=a.device)
+    if masses.kinds:
+        for rows in walk(a, max_bytes=max_bytes, progress=progress):
+            out[rows.index] = masses.of(rows)[0]
+    return {kind: out[..., number] for number, kind in enumerate(masses.kinds)}
 
 
 def frame_mass(a: Attention, *, max_bytes: int | None = None, progress: bool = False) -> Tensor:
@@ -46,20 +43,11 @@ def frame_mass(a: Attention, *, max_bytes: int | None = None, progress: bool = F
 
     LayoutError if the site does not say where its tokens lie. Cost: all rows once.
     """
-    groups = [_groups(_layout(a, side)).to(a.device) for side in ("query", "key")]
-    query, key = (torch.nn.functional.one_hot(g + 1)[:, 1:].double() for g in groups)
-    frames = [_layout(a, side).frames for side in ("query", "key")]
-    query, key = (_filled(one, 2 * count) for one, count in zip((query, key), frames, strict=True))
-    total = torch.zeros(
-        *a.shape[:2], query.shape[1], key.shape[1], dtype=torch.float64, device=a.device
-    )
-    for (batch, heads, rows), weights in a.row_blocks(max_bytes=max_bytes, progress=progress):
-        masses = weights.detach().double() @ key  # (b, h, q, 2·S_k)
-        total[batch, heads] += query[rows].T @ masses
-    mean = total / query.sum(0)[:, None]
-    mean[:, :, query.sum(0) == 0] = torch.nan
-    split = mean.view(*a.shape[:2], frames[0], 2, frames[1], 2)
-    return split.transpose(3, 4)
+    sums = FrameSums(a)
+    masses = Masses(a)
+    for rows in walk(a, max_bytes=max_bytes, progress=progress):
+        sums.add(rows.index, masses.of(rows)[1])
+    return sums.means()
 
 
 def distance(a: Attention, *, max_bytes: int | None = None, progress: bool = False) -> Tensor:
@@ -69,52 +57,164 @@ def distance(a: Attention, *, max_bytes: int | None = None, progress: bool = Fal
     steps of the grid (Dosovitskiy et al., "An Image Is Worth 16x16 Words", figure 7, has it in
     pixels). NaN for special tokens, and where nothing is given to that frame's patches.
 
-    LayoutError if the site does not say where its tokens lie, or both sides have grids of their
-    own. Cost: all rows once, and a table of `Nq · rows · cols` distances for each block.
+    LayoutError if the site does not say where its tokens lie, its sides have grids that differ, or
+    tokens are merged. Cost: all rows once, and a table of `Nq · rows · cols` distances for each
+    block.
     """
-    query, key = _layout(a, "query"), _layout(a, "key")
-    if query.grid != key.grid or query.frames != key.frames:
-        raise LayoutError(f"distances are within one frame; queries are {query}, keys {key}")
-    (own, spot), (other, places) = (_spots(one, a.device) for one in (query, key))
-    out = torch.full(a.shape[:3], torch.nan, dtype=torch.float64, device=a.device)
-    for index, weights in a.row_blocks(max_bytes=max_bytes, progress=progress):
-        rows = index[2]
-        same = (own[rows, None] == other[None]) & (own[rows, None] >= 0)
-        within = weights.detach().double() * same
-        # Only where both are patches; elsewhere the weight is zero.
-        far = torch.where(same, torch.cdist(spot[rows], places), 0.0)
-        out[index] = (within * far).sum(-1) / within.sum(-1)
+    distances = Distances(a)
+    out = torch.empty(a.shape[:3], dtype=torch.float64, device=a.device)
+    for rows in walk(a, max_bytes=max_bytes, progress=progress):
+        out[rows.index] = distances.of(rows)
     return out
 
 
-def _layout(a: Attention, side: str) -> TokenLayout:
-    """The layout of a side, whose tokens have to lie as it says."""
-    layout = a.query_layout if side == "query" else a.key_layout
-    name = a.site.name if a.site else "this attention"
-    count = a.shape[2] if side == "query" else a.shape[3]
-    if layout is None:
-        raise LayoutError(f"{name} does not say where its {side} tokens lie; give it a layout")
-    if a.site is not None and getattr(a.site, f"{side}_order") is not None:
-        raise LayoutError(f"{name} has its {side} tokens in another order than its layout")
-    if layout.num_tokens != count:
-        raise LayoutError(f"{name} has {count} {side} tokens, its layout {layout.num_tokens}")
-    return layout
+class Masses:
+    """What rows give to special tokens by kind, and to frames."""
+
+    def __init__(self, a: Attention) -> None:
+        side = Side.of(a, "key")
+        names = side.kinds()
+        self.frames = side.layout.frames
+        self.kinds = [kind for kind in dict.fromkeys(names) if kind != PATCH]
+        numbers = {kind: number for number, kind in enumerate(self.kinds)}
+        kinds = torch.tensor([numbers.get(name, -1) for name in names])
+        # One column for each kind, then two for each frame.
+        members = [kinds == number for number in numbers.values()]
+        members += [side.groups() == number for number in range(2 * self.frames)]
+        self._shares = side.shares(torch.stack(members, 1).to(a.dtype)).to(a.device)
+        self._patches = None if side.order else side.layout
+        self._special = (kinds >= 0).nonzero()[:, 0].to(a.device)
+
+    def of(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """`(b, h, q, kinds)` and `(b, h, q, 2·S)` float64: of every frame special, then patches.
+
+        Asked first of a block, it spares others sums: those of whole rows and of frames.
+        """
+        if self._patches is None:
+            sums = rows.values @ of_batch(self._shares, rows.index)[:, None]
+        else:
+            sums = self._by_runs(rows, self._patches)
+        return tuple(rows.weigh(sums).tensor_split([len(self.kinds)], -1))  # type: ignore[return-value]
+
+    def _by_runs(self, rows: Rows, layout: TokenLayout) -> Tensor:
+        """Where patches lie in runs: their sums, which are nearly all of it, without a product."""
+        values = rows.values
+        start = len(layout.before)
+        frames = slice(start, start + self.frames * layout.tokens_per_frame)
+        first, last = layout.patch_start_idx, layout.patch_start_idx + layout.num_patches
+        framed = values[..., frames]
+        framed = framed.view(*values.shape[:3], self.frames, -1)
+        # What is left is little.
+        few = self._special
+        rest = values[..., few]
+        sums, patches = rest @ self._shares[0, few], framed[..., first:last].sum(-1)
+        rows.patches = patches
+        if not rows.divided:
+            rows.total = rest.sum(-1) + patches.sum(-1)
+        sums[..., len(self.kinds) + 1 :: 2] = patches
+        return sums
 
 
-def _groups(layout: TokenLayout) -> Tensor:
-    """Of each token, 2 · frame, and 1 more for a patch; −1 for a token of no frame."""
-    places = (layout.locate(token) for token in range(layout.num_tokens))
-    return torch.tensor([-1 if p.frame is None else 2 * p.frame + p.is_patch for p in places])
+class FrameSums:
+    """Sums what queries give to frames, by the frames of the queries."""
+
+    def __init__(self, a: Attention) -> None:
+        side = Side.of(a, "query")
+        self._frames = side.layout.frames, Side.of(a, "key").layout.frames
+        groups, rows = side.groups(), side.rows()
+        # How many original tokens of each group a captured query is the row of, `(B|1, Nq, 2·S)`.
+        known = ((rows >= 0) & (groups >= 0)).double()
+        index = rows.clamp_min(0) * (2 * self._frames[0]) + groups.clamp_min(0)
+        self._members = torch.zeros(len(rows), a.shape[2] * 2 * self._frames[0], dtype=known.dtype)
+        self._members.scatter_add_(1, index, known)
+        self._members = self._members.view(len(rows), a.shape[2], -1).to(a.device)
+        sizes = (*a.shape[:2], 2 * self._frames[0], 2 * self._frames[1])
+        self._total = torch.zeros(sizes, dtype=torch.float64, device=a.device)
+
+    def add(self, index: Block, masses: Tensor) -> None:
+        """Masses of a block, `(b, h, q, 2·S_k)`."""
+        members = of_batch(self._members, index)[:, index[2]]
+        self._total[index[:2]] += members.mT[:, None] @ masses
+
+    def means(self) -> Tensor:
+        """`(B, h, S_q, S_k, 2, 2)`, as in `frame_mass`."""
+        count = self._members.sum(1)[:, None, :, None]
+        mean = torch.where(count > 0, self._total / count, torch.nan)
+        queries, keys = self._frames
+        return mean.view(*mean.shape[:2], queries, 2, keys, 2).transpose(3, 4)
 
 
-def _filled(members: Tensor, count: int) -> Tensor:
-    """With columns of zeros for the last groups, where no token is of them."""
-    return torch.nn.functional.pad(members, (0, count - members.shape[1]))
+class Distances:
+    """How far rows look within the frame of their query."""
+
+    def __init__(self, a: Attention) -> None:
+        query, key = Side.of(a, "query"), Side.of(a, "key")
+        if query.layout.grid != key.layout.grid:
+            raise LayoutError(
+                f"distances are within one frame; {query.name} has queries in {query.layout} and "
+                f"keys in {key.layout}"
+            )
+        self._first = a.site.first_frame if a.site else 0
+        self._layouts = None if query.order or key.order else (query.layout, key.layout)
+        if self._layouts:
+            # A table of all pairs of patches on one grid, of which every head reads the same part;
+            # special tokens beside them have 0, so that whole frames are multiplied.
+            down, across = (torch.arange(n, dtype=a.dtype) for n in key.layout.grid)
+            squares = [(t[:, None] - t) ** 2 for t in (down, across)]
+            both = squares[0][:, None, :, None] + squares[1][None, :, None, :]
+            n, first = key.layout.num_patches, key.layout.patch_start_idx
+            self._far = both.new_zeros(n, key.layout.tokens_per_frame)
+            self._far[:, first : first + n] = both.sqrt_().reshape(n, n)
+            self._far = self._far.to(a.device)
+        else:
+            self._own, self._from = _spots(query, self._first, a)
+            self._other, self._to = _spots(key, 0, a)
+
+    def of(self, rows: Rows) -> Tensor:
+        """`(b, h, q)` float64."""
+        if self._layouts is None:
+            own, start = (
+                of_batch(t, rows.index)[:, rows.index[2]] for t in (self._own, self._from)
+            )
+            other, end = (of_batch(table, rows.index) for table in (self._other, self._to))
+            same = (own[..., None] == other[:, None]) & (own[..., None] >= 0)
+            within = rows.values * same[:, None]
+            far = torch.cdist(start, end).to(within.dtype)
+            return rows.weigh(rows.dot(within, far[:, None])) / rows.weigh(within.sum(-1))
+        query, key = self._layouts
+        out = torch.full(
+            rows.values.shape[:3], torch.nan, dtype=torch.float64, device=self._far.device
+        )
+        begin, end = rows.index[2].start, rows.index[2].stop
+        for frame in range(min(query.frames, key.frames - self._first)):
+            first = query.index(frame=frame, patch=0)
+            chosen = slice(max(first, begin), min(first + query.num_patches, end))
+            if chosen.start < chosen.stop:
+                keyed = frame + self._first
+                at = slice(chosen.start - begin, chosen.stop - begin)
+                keys = len(key.before) + keyed * key.tokens_per_frame
+                within = rows.values[:, :, at, keys : keys + key.tokens_per_frame]
+                far = self._far[chosen.start - first : chosen.stop - first]
+                if rows.patches is None:
+                    patches = slice(key.patch_start_idx, key.patch_start_idx + key.num_patches)
+                    mass = within[..., patches].sum(-1)
+                else:
+                    mass = rows.patches[:, :, at, keyed]
+                # The sum of weights cancels what they would be divided by.
+                out[:, :, at] = rows.dot(within, far).double() / mass
+        return out
 
 
-def _spots(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each token its frame, −1 if it is no patch, and its place on the grid `(N, 2)`."""
-    places = [layout.locate(token) for token in range(layout.num_tokens)]
-    frames = [place.frame if place.is_patch else -1 for place in places]
-    spots = [(place.row or 0, place.col or 0) for place in places]
-    return torch.tensor(frames, device=device), torch.tensor(spots, device=device).double()
+def of_batch(table: Tensor, index: Block) -> Tensor:
+    """The part of a table `(B|1, …)` for a block's batch items."""
+    return table if len(table) == 1 else table[index[0]]
+
+
+def _spots(side: Side, first: int, a: Attention) -> tuple[Tensor, Tensor]:
+    """Of each captured token its frame, −1 if it is no patch, `(B|1, N)`, and its place."""
+    frames, spots = side.spots()
+    frames = torch.where(frames < 0, -1, frames + first)
+    tokens = side.originals()
+    known = tokens >= 0
+    tokens = tokens.clamp_min(0)
+    return torch.where(known, frames[tokens], -1).to(a.device), spots[tokens].to(a.device)

@@ -9,6 +9,7 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
+from vistvis.analysis.walk import walk
 from vistvis.attention import Attention
 from vistvis.errors import InputError
 
@@ -55,11 +56,10 @@ def entropy(a: Attention, *, max_bytes: int | None = None, progress: bool = Fals
     Cost: all rows once, `B·h·Nq·Nk·d` multiply-adds.
     """
 
-    def reduce(weights: Tensor) -> Tensor:
-        every: Tensor = torch.special.entr(weights)
-        return every.sum(-1, dtype=torch.float64)
-
-    return by_rows(a, reduce, max_bytes=max_bytes, progress=progress)
+    out = torch.empty(a.shape[:3], dtype=torch.float64, device=a.device)
+    for rows in walk(a, entropy=True, max_bytes=max_bytes, progress=progress):
+        out[rows.index] = rows.entropy
+    return out
 
 
 def effective_rank(a: Attention, *, max_bytes: int | None = None, progress: bool = False) -> Tensor:
@@ -108,8 +108,8 @@ def received(a: Attention, *, max_bytes: int | None = None, progress: bool = Fal
     It sums to Nq over the keys, less the queries that see no key. Cost: all rows once.
     """
     out = torch.zeros(*a.shape[:2], a.shape[3], dtype=torch.float64, device=a.device)
-    for (batch, heads, _), weights in a.row_blocks(max_bytes=max_bytes, progress=progress):
-        out[batch, heads] += weights.detach().sum(2, dtype=torch.float64)
+    for rows in walk(a, max_bytes=max_bytes, progress=progress):
+        out[rows.index[:2]] += rows.columns()
     return out
 
 
@@ -120,9 +120,14 @@ def sink_tokens(
 
     InputError unless `times` is positive. Cost: `received`.
     """
+    return sinks_among(received(a, max_bytes=max_bytes, progress=progress), a.shape[2], times)
+
+
+def sinks_among(gets: Tensor, queries: int, times: float) -> Sinks:
+    """`sink_tokens` where what the keys get `(B, h, Nk)` is known already."""
     if not times > 0:
         raise InputError(f"times is a positive number, how many even shares; got {times!r}")
-    shares = received(a, max_bytes=max_bytes, progress=progress) * (a.shape[3] / a.shape[2])
+    shares = gets * (gets.shape[2] / queries)
     tokens = (shares > times).nonzero()
     found = shares[tuple(tokens.T)]
     order = found.argsort(descending=True, stable=True)

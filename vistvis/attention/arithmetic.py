@@ -26,11 +26,17 @@ def one_by_many(one: Tensor, many: Tensor, scale: float | Tensor) -> Tensor:
     return torch.mv(many, one * scale)
 
 
-def logits(query: Tensor, key: Tensor, scale: float | Tensor) -> Tensor:
-    """scale · Q Kᵀ, `(B, h, Q, K)`.
+def logits(
+    query: Tensor, key: Tensor, scale: float | Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """scale · Q Kᵀ, `(B, h, Q, K)`, in the memory of `out` where that can be.
 
     `query` is `(B, h, Q, d)`, `key` `(B, h_k, K, d)`, `scale` a number or `(h, 1, 1)`.
     """
+    if out is not None and isinstance(scale, float) and key.shape[1] == query.shape[1]:
+        # The product takes the scale along, without a copy of the queries.
+        into, left, right = out.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).mT
+        return torch.baddbmm(into, left, right, beta=0, alpha=scale, out=into).view_as(out)
     # Scaling costs a copy of what is scaled, so the shorter side takes it (a column has one key);
     # with grouped heads only queries have a scale of their own for each head.
     if key.shape[2] < query.shape[2] and key.shape[1] == query.shape[1]:

@@ -329,7 +329,8 @@ class Attention(LazyRows):
         logits = self._finite(arithmetic.one_by_many(one, key.to(self.dtype), scale))
         return torch.softmax(logits, 0)
 
-    def _logits(self, box: Box) -> Tensor:
+    def _logits(self, box: Box, out: Tensor | None = None, *, finite: bool = False) -> Tensor:
+        """Logits, into `out` where that can be; `finite` where they are known to be."""
         if self.segments is not None:
             return self._by_segments(Attention._logits, box, -math.inf)
         b, h, q, k = box
@@ -348,7 +349,9 @@ class Attention(LazyRows):
             masks.append(columns <= rows[:, None])
         if self.mask is not None:
             masks.append(take(self.mask.expand(self.shape), *box))
-        logits = self._finite(arithmetic.logits(query, key, scale))
+        logits = arithmetic.logits(query, key, scale, out=out)
+        if not finite:
+            self._finite(logits)
         if not (self.score_mod or self.mask_mod):
             return self._below_inf(arithmetic.masked(logits, masks))
         numbers = [
@@ -451,7 +454,7 @@ class GivenWeights(Attention):
         value = None if self.value is None else self.value.to(*args, **kwargs)
         return self.replace(weights=self.weights.to(*args, **kwargs), value=value)
 
-    def _logits(self, box: Box) -> Tensor:
+    def _logits(self, box: Box, out: Tensor | None = None, *, finite: bool = False) -> Tensor:
         raise InputError(
             f"logits need queries and keys, and {self._name()} was made from weights alone"
         )

@@ -1,0 +1,141 @@
+"""One walk over all rows, for as many statistics as are asked of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vistvis.attention import Attention
+from vistvis.attention.indexing import ALL, Block
+from vistvis.progress import progress as bar
+
+# Logits that are no larger need no maximum taken off: their exponentials are far from the ends of
+# float32, and in the entropy they lose no more than 40 eps.
+_SMALL = 40.0
+
+
+@dataclass(eq=False)
+class Rows:
+    """A block of rows over all keys.
+
+    `values` `(b, h, q, Nk)` are weights that are not yet divided by `total`: whatever is linear in
+    them is divided at its end, which saves a walk over all of them. `room` is as large as they are,
+    to compute in. The next block overwrites both.
+    """
+
+    index: Block
+    values: Tensor
+    room: Tensor
+    divided: bool = False
+    highest: Tensor | None = None
+    """Of `values`, `(b, h, q)`, and the key that has it, int64, where they were asked for."""
+    strongest: Tensor | None = None
+    inner: Tensor | None = None
+    """`(b, h, q)`: Σ values · log of values, where the entropy was asked for."""
+    patches: Tensor | None = None
+    """`(b, h, q, S)`: sums of `values` over the patches of each frame, once somebody took them."""
+
+    @cached_property
+    def total(self) -> Tensor:
+        """The sum of every row of `values`, `(b, h, q)`; 1 where they are divided already."""
+        # Who sums parts of rows that are all of it sets it: a walk less.
+        if self.divided:
+            return self.values.new_ones(self.values.shape[:3])
+        return self.values.sum(-1)
+
+    @property
+    def entropy(self) -> Tensor:
+        """−Σ p log p, `(b, h, q)` float64, in nats."""
+        assert self.inner is not None
+        # log p = log value − log total, and 0 log 0 is 0.
+        return self.total.double().log() - self.weigh(self.inner)
+
+    def weigh(self, sums: Tensor) -> Tensor:
+        """Sums of `values`, `(b, h, q, …)`, as sums of weights, float64."""
+        total = self.total.view(*self.total.shape, *(1 for _ in sums.shape[3:]))
+        return sums.double() / total
+
+    def dot(self, values: Tensor, factors: Tensor) -> Tensor:
+        """Σ over the last dimension of a part of `values` times factors that broadcast to it."""
+        room = self.room.view(-1)[: values.numel()].view(values.shape)
+        return torch.mul(values, factors, out=room).sum(-1)
+
+    def columns(self) -> Tensor:
+        """What each key gets from these queries, `(b, h, Nk)` float64."""
+        return (self.total.reciprocal()[..., None, :] @ self.values)[..., 0, :].double()
+
+
+def walk(
+    a: Attention,
+    *,
+    strongest: bool = False,
+    entropy: bool = False,
+    max_bytes: int | None = None,
+    progress: bool = False,
+) -> Iterator[Rows]:
+    """All rows in blocks, as in `Attention.row_blocks`, with what else is asked for."""
+    a = a.detach()
+    parts = a._parts((ALL, ALL, ALL), max_bytes)
+    by_logits = a._plain and a.shape[3] > 0
+    # Two buffers serve all blocks: pages of new ones would cost as much as the arithmetic.
+    largest = max((math.prod(_sizes(index)) for index, _ in parts), default=0) * a.shape[3]
+    buffers = torch.empty(2, largest if by_logits else 0, dtype=a.dtype, device=a.device)
+    bound = _largest(a) if by_logits else 0.0
+    for index, part in bar(parts, "rows of attention", shown=progress, delay=0.5):
+        a.check_unwritten()
+        box = (*part, ALL)
+        if by_logits:
+            shape = (*_sizes(index), a.shape[3])
+            logits, room = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+            # No product can overflow, or be NaN, below the bound: then nobody has to look.
+            finite = bound < torch.finfo(a.dtype).max
+            logits = a._logits(box, logits, finite=finite)
+            yield _by_logits(index, logits, room, bound < _SMALL, strongest, entropy)
+        else:
+            yield _by_weights(index, a._block(box), strongest, entropy)
+
+
+def _largest(a: Attention) -> float:
+    """What no |logit| exceeds: |q·k| ≤ |q|·|k|. NaN where a query or key is not finite."""
+    query, key = (float(t.to(a.dtype).norm(dim=-1).max()) for t in (a.query, a.key))
+    return query * key * float(torch.as_tensor(a.scale).abs().max())
+
+
+def _sizes(index: Block) -> tuple[int, ...]:
+    return tuple(one.stop - one.start for one in index)
+
+
+def _by_logits(
+    index: Block, logits: Tensor, room: Tensor, small: bool, strongest: bool, entropy: bool
+) -> Rows:
+    """Without the division of every weight; overwrites logits."""
+    highest = key = None
+    if strongest:
+        highest, key = logits.max(-1)
+    elif not small:
+        highest = logits.amax(-1)
+    if highest is not None and not small:
+        logits.sub_(highest[..., None])
+        highest = torch.zeros_like(highest)
+    rows = Rows(index, torch.exp(logits, out=room), logits)
+    if highest is not None and key is not None:
+        rows.highest, rows.strongest = highest.exp(), key
+    if entropy:
+        rows.inner = logits.mul_(rows.values).sum(-1)
+    return rows
+
+
+def _by_weights(index: Block, weights: Tensor, strongest: bool, entropy: bool) -> Rows:
+    """Masked rows, which may have no key at all, and weights whose rows need not sum to 1."""
+    rows = Rows(index, weights, torch.empty_like(weights), divided=True)
+    if strongest:
+        rows.highest, rows.strongest = weights.max(-1)
+    if entropy:
+        terms = torch.special.entr(weights, out=rows.room)
+        rows.inner = -terms.sum(-1, dtype=torch.float64)
+    return rows
