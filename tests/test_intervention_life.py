@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from interrupts import Interrupter, images
 from interrupts import Model as Small
+from multiview_cases import CASES
+from multiview_cases import pictures as views_of
 from test_intervention import FRAME, LAYOUT, Model, dense, dense_weights, seen, tensors
 from test_reordered import BACK, CURVE, Merging, Moving, along, chosen_first, grid, merging
 from torch import Tensor, nn
@@ -326,6 +328,67 @@ def test_a_tool_that_wraps_a_site_between_two_does_not_hide_the_change() -> None
     assert (captured["attn"].dense() - weights).abs().max() < 1e-5
 
 
+# -- families ------------------------------------------------------------------------------------
+
+
+# A frame block, and the one block before it that sees all frames.
+BEHIND = {
+    "VGGT": ("frame_blocks.1.attn", "global_block_0"),
+    "VGGT-Ω": ("aggregator.frame_blocks.1.attn", "global_block_0"),
+    "Pi3": ("decoder.2.attn", "global_block_0"),
+    "Depth Anything 3": ("da3.backbone.pretrained.blocks.2.attn", "global_block_1"),
+    "MapAnything, one scene": ("info_sharing.self_attention_blocks.1.attn", "global_block_0"),
+}
+
+
+@pytest.mark.parametrize("family", BEHIND)
+def test_a_frame_that_is_cut_off_does_not_matter(family: str) -> None:
+    """Of every family, by its outcome alone: another picture there changes nothing here."""
+    torch.manual_seed(0)
+    case, (site, before) = CASES[family](), BEHIND[family]
+    case.model.eval()
+    scene = views_of(case.frames, 1)
+    other = scene.clone()
+    other[:, 1] = 1 - other[:, 1]
+
+    def differs(**change: Any) -> list[bool]:
+        """Whether the queries of each frame are others with another second picture."""
+        seen = []
+        for shown in (scene, other):
+            with (
+                torch.no_grad(),
+                capture(case.model, site) as captured,
+                intervene(case.model, before, **change),
+            ):
+                case.call(case.model, shown)
+            assert captured[site].site.frames_in_batch  # type: ignore[union-attr]
+            seen.append(captured[site].query)
+        return [not torch.equal(a, b) for a, b in zip(*seen, strict=True)]
+
+    assert differs() == [True, True, True]
+    assert differs(within_frame=True) == [False, True, False]
+    assert differs(cut=[(0, 1)]) == [False, True, True]
+    assert differs(cut=[(2, 1)]) == [True, True, False]
+
+
+def test_blocks_between_two_views() -> None:
+    torch.manual_seed(0)
+    case = CASES["DUSt3R"]()
+    case.model.eval()
+    scene = views_of(2, 1)
+    names = [f"{name}.0.cross_attn" for name in ("dec_blocks", "dec_blocks2")]
+    with (
+        torch.no_grad(),
+        capture(case.model, names, verify=True) as captured,
+        intervene(case.model, names, cut=[(0, 1)]),
+    ):
+        case.call(case.model, scene)
+    first, second = (captured[name] for name in names)
+    assert torch.equal(first.dense(), torch.zeros(first.shape))  # view 0 sees nothing of view 1
+    assert (second.dense().sum(-1) - 1).abs().max() < 1e-5
+    assert not second.site.intervened  # type: ignore[union-attr]
+
+
 # -- messages ------------------------------------------------------------------------------------
 
 
@@ -352,7 +415,7 @@ def test_tokens_and_frames_that_are_not_there(vggt: VGGT, pictures: Tensor) -> N
 
     refused(IndexOutOfRange, "'global_block_0' has key frames 0…2, got frame 3", cut=[(0, 3)])
     refused(IndexOutOfRange, "'global_block_0' has query frames 0…2, got.*-1", cut=[(-1, 0)])
-    refused(IndexOutOfRange, "has key tokens 0…74, got 75", cut_keys=[0, 75])
+    refused(IndexOutOfRange, "has key tokens 0…74, and not 75", cut_keys=[0, 75])
     refused(IndexOutOfRange, "'frame_block_0' has query.*0…24", "frame_*", cut_queries=[25])
     refused(SiteError, "'frame_block_0' sees each frame by itself", "frame_*", cut=[(0, 1)])
     with (

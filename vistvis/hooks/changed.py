@@ -39,6 +39,12 @@ class Cut:
         return self.heads is None or head in self.heads
 
     @property
+    def hides(self) -> bool:
+        """Whether some query has less to see."""
+        rows, columns = (torch.unique(side) for side in (self.queries, self.keys))
+        return not bool(self.sees[rows][:, columns].all())
+
+    @property
     def segments(self) -> Tensor | None:
         """The starts of blocks of tokens that see only themselves, if that is what it is."""
         same = torch.equal(self.queries, self.keys) and bool((self.keys.diff() >= 0).all())
