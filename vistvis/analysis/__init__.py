@@ -11,3 +11,5 @@ from vistvis.analysis.rows import received as received
 from vistvis.analysis.rows import sink_tokens as sink_tokens
 from vistvis.analysis.rows import top_keys as top_keys
 from vistvis.analysis.rows import top_mass as top_mass
+from vistvis.analysis.values import sink_kinds as sink_kinds
+from vistvis.analysis.values import weighted_values as weighted_values

@@ -138,7 +138,7 @@ class MultiheadReader:
     def _projected(
         self, x: Tensor, weight: Tensor, bias: Tensor, heads: int, mask: Any, kind: Any
     ) -> Reading:
-        """Queries and keys of the fused kernels, which don't show theirs: projected again."""
+        """Queries, keys and values of fused kernels, which don't show theirs: projected again."""
         keys: Tensor | None = None
         if x.is_nested:
             lengths = torch.tensor([len(one) for one in x.unbind()], device=x.device)
@@ -148,20 +148,22 @@ class MultiheadReader:
             keys = real[:, None, None, :] & real[:, None, :, None]
         elif mask is not None:
             keys = _native_mask(mask, kind)
-        width = x.shape[-1]
-        both = F.linear(x, weight[: 2 * width], bias[: 2 * width])
-        query, key = rearrange(both, "b n (two h d) -> two b h n d", two=2, h=heads)
-        device = self.keeping.device
-        attention = Attention(
-            query=keep(query, None, device),
-            key=keep(key, None, device),
-            mask=None if keys is None else self.keeping.mask(keys, None),
-        )
-        if self.keeping.values:
+        if self.keeping.outputs:
             raise UnreadableError(
-                "verify=True can't see the values inside PyTorch's fused native kernel; call "
-                "torch.backends.mha.set_fastpath_enabled(False) to verify"
+                "verify=True can't see what PyTorch's fused native kernel gives before its "
+                "projection; call torch.backends.mha.set_fastpath_enabled(False) to verify"
             )
+        parts = 3 if self.keeping.values else 2
+        rows = parts * x.shape[-1]
+        made = F.linear(x, weight[:rows], bias[:rows])
+        made = rearrange(made, "b n (parts h d) -> parts b h n d", parts=parts, h=heads)
+        query, key, *value = (keep(one, None, self.keeping.device) for one in made)
+        attention = Attention(
+            query=query,
+            key=key,
+            mask=None if keys is None else self.keeping.mask(keys, None),
+            value=value[0] if value else None,
+        )
         return Reading(attention, "module")
 
     def _record(self, read: Callable[[], Reading]) -> None:

@@ -92,9 +92,9 @@ Event = PassBegan | KernelRan | Hidden
 class CompiledTap(TorchFunctionMode):
     """Inside compiled code: only notes the kernel's arguments; they are read afterwards."""
 
-    def __init__(self, events: list[Event], site: str, values: bool) -> None:
+    def __init__(self, events: list[Event], site: str, values: bool, outputs: bool) -> None:
         super().__init__()
-        self.events, self.site, self.values = events, site, values
+        self.events, self.site, self.values, self.outputs = events, site, values, outputs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,9 +105,7 @@ class CompiledTap(TorchFunctionMode):
             # What it compiles for has autocast.
             kind = call.query.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            if self.values:
-                self.events.append(KernelRan(self.site, call, out, dtype))
-            else:  # values and output would be kept alive for nothing
+            if not self.values:  # they would be kept alive for nothing
                 call = call._replace(value=call.key)
-                self.events.append(KernelRan(self.site, call, None, dtype))
+            self.events.append(KernelRan(self.site, call, out if self.outputs else None, dtype))
         return out

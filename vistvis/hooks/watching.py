@@ -76,7 +76,7 @@ class Watch:
     ) -> None:
         self._model, self._options, self._results = model, options, results
         self._sites = {site.name: site for site in sites}
-        self._keeping = Keeping(options.keep, options.verify)
+        self._keeping = Keeping(options.keep, options.values or options.verify, options.verify)
         self._state = _ThreadState()
         self.events: list[Event] = []
         """What compiled code noted and nobody has read yet."""
@@ -154,7 +154,7 @@ class Watch:
 
     def _compiled(self, site: Site) -> Callable[..., Any]:
         """What is noted of a site where Dynamo traces it."""
-        events, name, values = self.events, site.name, self._options.verify
+        events, name, keeping = self.events, site.name, self._keeping
         names = reached_names(site.module)
         # Wrapped kernels pass through compiled code unseen.
         wrapped = names & NAMES and "scaled_dot_product_attention" not in names
@@ -166,7 +166,7 @@ class Watch:
             if hidden:
                 events.append(Hidden(name))
                 return original(*args, **kwargs)
-            with CompiledTap(events, name, values):
+            with CompiledTap(events, name, keeping.values, keeping.outputs):
                 return original(*args, **kwargs)
 
         return compiled
