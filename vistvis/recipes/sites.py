@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -67,7 +67,7 @@ def blocks(captured: Mapping[str, Attention], kind: str = "global") -> dict[int,
     return dict(sorted(found.items()))
 
 
-def scaled(block: int, found: Mapping[int, str]) -> int:
+def scaled(block: int, found: Collection[int]) -> int:
     """The block at the same relative depth as one of 24, where fewer were captured."""
     depth = max(found) + 1
     return block if block in found else block * depth // PAPER_DEPTH
@@ -137,9 +137,13 @@ def layout_of(a: Attention) -> TokenLayout:
 
 
 def plain(taken: Taken, what: str) -> None:
-    """Refuse attention whose logits are more than scale · q·k, or that has none."""
+    """As `plain_attention`."""
     a = taken.attention
-    name = a.site.name if a.site else "this attention"
+    plain_attention(a, a.site.name if a.site else "this attention", what)
+
+
+def plain_attention(a: Attention, name: str, what: str) -> None:
+    """Refuse attention whose logits are more than scale · q·k, or that has none."""
     if a.weights is not None:
         raise InputError(f"{what} needs queries and keys, and {name} has weights alone")
     if a.causal or any(x is not None for x in (a.mask, a.segments, a.score_mod, a.mask_mod)):
