@@ -19,7 +19,9 @@ from vistvis.views.figures import (
     QUIET,
     NotebookFigure,
     image_axes,
+    shorten,
     text_height,
+    text_width,
     wrap,
 )
 from vistvis.views.painting import ALPHA, CMAP, as_array, colour_map, lay_over, normalizer, resize
@@ -32,6 +34,7 @@ _DPI = 200
 _TITLE, _LABEL, _SMALL = 9.0, 7.5, 7.0  # points
 _EDGE, _GAP, _BAR, _LINE = 0.1, 0.08, 0.09, 0.15  # inches
 _TILE, _ACROSS = 1.6, 5
+_LEFT = 2.2  # names of rows, at most
 
 
 def frame_maps(
@@ -105,13 +108,14 @@ def table(
     """A table of numbers `(R, C)` in colours, with a short text in each cell where there is one."""
     cells = as_array(values)
     height, width = max(0.22 * len(cells), 0.3), max(0.34 * cells.shape[1], 1.2)
-    whole = max(width + 1.5, 3.4)
-    figure, top = _page(whole, height + 0.85, title, note)
-    axes = figure.add_box(1.4, top + 0.2, width, height)
+    names = [shorten(name, _LEFT, _SMALL) for name in rows]
+    left = _EDGE + max(text_width(name, _SMALL) for name in names) + 0.08
+    figure, top = _page(max(left + width + _EDGE, 3.6), height + 0.8, title, note)
+    axes = figure.add_box(left, top + 0.2, width, height)
     scale = normalizer(cells, norm="linear")
     axes.imshow(cells, norm=scale, cmap=colour_map(CMAP), aspect="auto")
     axes.set_xticks(range(len(columns)), columns, fontsize=_SMALL)
-    axes.set_yticks(range(len(rows)), rows, fontsize=_SMALL)
+    axes.set_yticks(range(len(rows)), names, fontsize=_SMALL)
     axes.xaxis.tick_top()
     _quiet(axes)
     for row, texts in enumerate(marks or ()):
@@ -119,7 +123,7 @@ def table(
             dark = float(scale(cells[row, col])) < 0.6
             style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 5.5}
             axes.text(col, row, text, color="white" if dark else INK, **style)
-    _bar(figure, 1.4, top + 0.3 + height, scale, unit)
+    _bar(figure, _EDGE, top + 0.3 + height, scale, unit)
     return figure
 
 
