@@ -30,6 +30,7 @@ WINGS: dict[str, set[str]] = {
     "attention": SMALL | {"tokens"},
     "models": {"photos", "attention", "tokens", "files", "images", "devices", "errors", "names"},
     "hooks": SMALL | {"models", "attention", "tokens"},
+    "intervention": SMALL | {"hooks", "models", "attention", "tokens"},
     "analysis": SMALL | {"attention", "tokens"},
     "store": SMALL | {"attention", "tokens", "images", "files"},
     "views": SMALL | {"store", "attention", "tokens", "queries", "images", "files"},
