@@ -190,6 +190,12 @@ def frames_of(a: Attention, frame: SupportsIndex, key_frame: SupportsIndex) -> t
     return query, key
 
 
+def chosen(selection: Selection, size: int, name: str) -> list[int]:
+    """The numbers that a selection along a dimension takes."""
+    numbers = torch.arange(size)
+    return numbers[taken(selection, size, name, numbers.device)].tolist()
+
+
 @dataclass(frozen=True)
 class _Walk:
     """How rows are walked through, the same there and back."""
@@ -210,8 +216,8 @@ class _Walk:
         a, (query, key) = self.a, sides
         tokens, grid = query.patches(frame), key.layout.grid
         first, spots = key.layout.index(frame=key_frame, patch=0), _spots(grid, a.device)
-        items = _chosen(self.batch, a.shape[0], "batch")
-        shape = len(items), len(_chosen(self.heads, a.shape[1], "head")), tokens.shape[1], 4
+        items = chosen(self.batch, a.shape[0], "batch")
+        shape = len(items), len(chosen(self.heads, a.shape[1], "head")), tokens.shape[1], 4
         out = torch.full(shape, torch.nan, dtype=torch.float64, device=a.device)
         for part, item in zip(out, items, strict=True):
             for heads, patches, rows in self._blocks(key, tokens[item % len(tokens)], item):
@@ -239,11 +245,6 @@ class _Walk:
             if key.order is not None:
                 rows = key.order.spread(rows, key.layout.num_tokens, batch=item)
             yield heads, patches[q], rows
-
-
-def _chosen(selection: Selection, size: int, name: str) -> list[int]:
-    numbers = torch.arange(size)
-    return numbers[taken(selection, size, name, numbers.device)].tolist()
 
 
 def _spots(grid: tuple[int, int], device: torch.device) -> Tensor:
