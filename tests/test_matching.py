@@ -464,6 +464,8 @@ def test_what_cannot_be_answered_is_an_error() -> None:
                 call()
     with pytest.raises(InputError, match='"argmax" or "expected", got \'best\''):
         correspondence(a, 0, 1, how="best")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'block 3' has negative weights"):
+        correspondence(of_weights(a.dense() - 0.1), 0, 1)
     for bad, text in (
         (torch.zeros(12, 2), r"\(M, 4\), a disparity map of the picture \(42, 40\) or.*fits none"),
         ("photo", "array of numbers"),

@@ -83,7 +83,7 @@ def correspondence(
 
     Cost: P rows there and P' back, `(P + P') · Nk · d` multiply-adds a head. LayoutError if the
     site does not say where its tokens lie, has frames in its batch, or saw no patch of a frame;
-    InputError for another `how`.
+    InputError for another `how`, and for given weights that are negative.
     """
     sides = frames_of(a, frame, key_frame)
     frame, key_frame = operator.index(frame), operator.index(key_frame)
@@ -222,6 +222,8 @@ class _Walk:
         for part, item in zip(out, items, strict=True):
             for heads, patches, rows in self._blocks(key, tokens[item % len(tokens)], item):
                 p = rows[..., first : first + key.layout.num_patches].double()
+                if a.weights is not None and p.numel() and float(p.min()) < 0:
+                    raise InputError(f"{key.name} has negative weights, which lie nowhere")
                 mass = p.sum(-1, keepdim=True)
                 places = spots[p.argmax(-1)] if self.how == "argmax" else p @ spots / mass
                 places = torch.where(mass > 0, places, torch.nan)
