@@ -83,7 +83,7 @@ def correspondence(
 
     Cost: P rows there and P' back, `(P + P') · Nk · d` multiply-adds a head. LayoutError if the
     site does not say where its tokens lie, has frames in its batch, or saw no patch of a frame;
-    InputError for another `how`.
+    InputError for another `how`, and for given weights that are negative.
     """
     sides = frames_of(a, frame, key_frame)
     frame, key_frame = operator.index(frame), operator.index(key_frame)
@@ -190,6 +190,12 @@ def frames_of(a: Attention, frame: SupportsIndex, key_frame: SupportsIndex) -> t
     return query, key
 
 
+def chosen(selection: Selection, size: int, name: str) -> list[int]:
+    """The numbers that a selection along a dimension takes."""
+    numbers = torch.arange(size)
+    return numbers[taken(selection, size, name, numbers.device)].tolist()
+
+
 @dataclass(frozen=True)
 class _Walk:
     """How rows are walked through, the same there and back."""
@@ -210,12 +216,14 @@ class _Walk:
         a, (query, key) = self.a, sides
         tokens, grid = query.patches(frame), key.layout.grid
         first, spots = key.layout.index(frame=key_frame, patch=0), _spots(grid, a.device)
-        items = _chosen(self.batch, a.shape[0], "batch")
-        shape = len(items), len(_chosen(self.heads, a.shape[1], "head")), tokens.shape[1], 4
+        items = chosen(self.batch, a.shape[0], "batch")
+        shape = len(items), len(chosen(self.heads, a.shape[1], "head")), tokens.shape[1], 4
         out = torch.full(shape, torch.nan, dtype=torch.float64, device=a.device)
         for part, item in zip(out, items, strict=True):
             for heads, patches, rows in self._blocks(key, tokens[item % len(tokens)], item):
                 p = rows[..., first : first + key.layout.num_patches].double()
+                if a.weights is not None and p.numel() and float(p.min()) < 0:
+                    raise InputError(f"{key.name} has negative weights, which lie nowhere")
                 mass = p.sum(-1, keepdim=True)
                 places = spots[p.argmax(-1)] if self.how == "argmax" else p @ spots / mass
                 places = torch.where(mass > 0, places, torch.nan)
@@ -239,11 +247,6 @@ class _Walk:
             if key.order is not None:
                 rows = key.order.spread(rows, key.layout.num_tokens, batch=item)
             yield heads, patches[q], rows
-
-
-def _chosen(selection: Selection, size: int, name: str) -> list[int]:
-    numbers = torch.arange(size)
-    return numbers[taken(selection, size, name, numbers.device)].tolist()
 
 
 def _spots(grid: tuple[int, int], device: torch.device) -> Tensor:
