@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,9 @@ from vistvis.tokens import TokenLayout
 _WITHIN = 1.5
 # The number of a patch that is far from all others.
 _NOWHERE = -(10**6)
+
+Head: TypeAlias = tuple[str, int]
+Groups: TypeAlias = Callable[[Mapping[Head, float]], Mapping[str, Sequence[Head]]]
 
 
 class Rates(NamedTuple):
@@ -58,7 +62,8 @@ class KnockoutTable:
 
     `pointing` is the site and head that point right most often; `counted` how many matches the
     rates are shares of; `truth` whether these are true ones, or those of the undisturbed tokens.
-    `within_frames` are the rates where no global block sees another frame.
+    `within_frames` are the rates where no global block sees another frame, `groups` those where
+    several heads are knocked out together.
     """
 
     mode: Mode
@@ -68,6 +73,7 @@ class KnockoutTable:
     undisturbed: Rates
     within_frames: Rates
     knockouts: tuple[Knockout, ...] = field(repr=False)
+    groups: Mapping[str, Rates] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[str]:
@@ -124,6 +130,7 @@ def knockout_table(
     mode: Mode = "uniform",
     sites: Chooser = None,
     truth: Truth | None = None,
+    groups: Groups | None = None,
     layout: TokenLayout | None = None,
     max_bytes: int | None = None,
     progress: bool | None = False,
@@ -144,6 +151,9 @@ def knockout_table(
     truth
         Where patches truly lie. None: the matches of the undisturbed tokens take its place, and
         rates say how many of those are left.
+    groups
+        Heads that are knocked out together, by a name of the group: a function of how often each
+        head of a global block points right by itself, `{(site, head): rate}`.
     layout
         As in `intervene`.
     max_bytes, progress
@@ -159,8 +169,8 @@ def knockout_table(
     InputError for pictures or a truth of other shapes, SiteError for a model without global blocks
     or whose last one gives other tokens, LayoutError where nothing is known of its tokens.
 
-    Cost: one forward for each head, and three more; each head of a global block once row by row,
-    `(S·P)²` weights, and the pointing head again in every forward.
+    Cost: one forward for each head and group, and three more; each head of a global block once row
+    by row, `(S·P)²` weights, and the pointing head again in every forward.
     """
     if images.ndim != 5 or images.shape[1] < 2:
         raise InputError(
@@ -205,8 +215,18 @@ def knockout_table(
             changed = rates([site.path], heads=[head], mode=mode)
             itself = own.get((site.name, head), float("nan"))
             done.append(Knockout(site.name, site.kind, head, changed, itself))
+        together = {}
+        for group, members in (groups(own) if groups else {}).items():
+            with contextlib.ExitStack() as stack:
+                for name in dict.fromkeys(name for name, _ in members):
+                    of_site = [head for site, head in members if site == name]
+                    one = intervene(model, [name], heads=of_site, mode=mode, layout=found)
+                    stack.enter_context(one)
+                together[group] = Rates(*map(share, run.again(*pointing)))
     counted = int(visible.sum())
-    return KnockoutTable(mode, truth is not None, pointing, counted, plain, alone, tuple(done))
+    return KnockoutTable(
+        mode, truth is not None, pointing, counted, plain, alone, tuple(done), together
+    )
 
 
 def _matches(truth: Truth | None, nearest: Tensor, layout: TokenLayout) -> Truth:

@@ -11,4 +11,5 @@ from vistvis.recipes import go_to_hunt as go_to_hunt
 from vistvis.recipes import robust_vggt as robust_vggt
 from vistvis.recipes import sparse_vggt as sparse_vggt
 from vistvis.recipes import vggt4d as vggt4d
+from vistvis.recipes import vggt_geometry as vggt_geometry
 from vistvis.recipes import vggt_slam2 as vggt_slam2
