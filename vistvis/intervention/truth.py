@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vistvis.errors import InputError
 
-# Depths that differ by less are of one surface: a patch is wider than a point.
+# What is deeper by less is of the same surface: a patch is wider than a point.
 _DEPTH = 0.05
 
 
@@ -29,9 +29,9 @@ def truth_of_scene(points: ArrayLike, cameras: ArrayLike) -> Truth:
     """True matches of one scene, from points `(S, rows, cols, 3)` in the world, at the centres of
     patches, and cameras `(S, 3, 4)`, world to camera (x right, y down, z forward).
 
-    What lies behind something else is not visible: its depth differs from that of the patch it
-    falls on by more than 5 %. `InputError` where the points are not those that pinhole cameras see
-    through the grid.
+    What lies behind something else is not visible: it is more than 5 % deeper than what the patches
+    around its place show, between which inverse depths are interpolated, as on a plane.
+    `InputError` where the points are not those that pinhole cameras see through the grid.
     """
     world, matrices = np.asarray(points, float), np.asarray(cameras, float)
     if world.ndim != 4 or world.shape[3] != 3 or matrices.shape != (len(world), 3, 4):
@@ -51,12 +51,11 @@ def truth_of_scene(points: ArrayLike, cameras: ArrayLike) -> Truth:
                 continue
             *rays, far = _seen(world[i], camera)
             place = np.stack([a * ray + b for (a, b), ray in zip(lines, rays, strict=True)], -1)
-            patch = np.round(place)
-            inside = (far > 0) & ((patch >= 0) & (patch < (rows, cols))).all(-1)
-            row, col = np.clip(patch, 0, (rows - 1, cols - 1)).astype(int).T
-            nearest = depth.reshape(rows, cols)[row, col]
+            inside = (far > 0) & ((place >= -0.5) & (place < (rows - 0.5, cols - 0.5))).all(-1)
             places[i, j] = place
-            visible[i, j] = inside & (np.abs(far - nearest) < _DEPTH * far)
+            visible[i, j] = inside & (
+                far < (1 + _DEPTH) * _between(depth.reshape(rows, cols), place)
+            )
     return Truth(torch.from_numpy(places)[None], torch.from_numpy(visible)[None])
 
 
@@ -65,6 +64,19 @@ def _seen(points: np.ndarray, camera: np.ndarray) -> tuple[np.ndarray, np.ndarra
     x, y, z = (points.reshape(-1, 3) @ camera[:, :3].T + camera[:, 3]).T
     front = np.where(z > 0, z, np.nan)
     return y / front, x / front, np.where(z > 0, z, -1.0)
+
+
+def _between(depth: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Depths `(n,)` at places `(n, 2)` between those of patches `(rows, cols)`."""
+    last = np.array(depth.shape) - 1
+    place = np.clip(place, 0, last)
+    low = np.floor(place).astype(int)
+    high, part = np.minimum(low + 1, last), place - low
+    inverse = np.zeros(len(place))
+    for down, y in ((low[:, 0], 1 - part[:, 0]), (high[:, 0], part[:, 0])):
+        for across, x in ((low[:, 1], 1 - part[:, 1]), (high[:, 1], part[:, 1])):
+            inverse += y * x / depth[down, across]
+    return 1 / inverse
 
 
 def _line(rays: np.ndarray, numbers: np.ndarray, view: int) -> tuple[float, float]:
