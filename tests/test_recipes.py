@@ -240,6 +240,30 @@ def test_recipes_run_on_the_small_vggt(tiny: tuple[Capture, Tensor], tmp_path: P
     assert not fresh._cache
 
 
+def test_the_small_vggt_by_the_authors_code(golden: dict[str, Tensor]) -> None:
+    model = VGGT.tiny()
+    pictures = torch.rand(3, 3, 56, 70, generator=torch.Generator().manual_seed(5))
+
+    def run(frames: int, *, rope: bool = True) -> tuple[Capture, Tensor]:
+        with AttentionExtractor(model) as extractor, torch.no_grad():
+            extractor.register_hooks(attention_types="global", rope=rope)
+            tokens, _ = model(pictures[:frames])
+            return extractor.captured, tokens[-1][..., 128:]
+
+    before, features = run(3, rope=False)
+    scores = robust_vggt.view_scores(before, features=features)
+    close(scores.scores[0], golden["tiny_robust_score"], 1e-4)
+    assert "before RoPE" in scores.label
+    three, two = run(3)[0], run(2)[0]
+    after = robust_vggt.view_scores(three, features=features)
+    assert (after.scores[0] - golden["tiny_robust_score"]).abs().max() > 1e-3
+    close(vggt_slam2.match_ratio(two).ratio[0, 1], golden["tiny_slam_ratio"], 1e-4)
+    one_off = vggt_slam2.match_ratio(two, block=2).ratio[0, 1]
+    assert (one_off - golden["tiny_slam_ratio"]).abs() > 0.01
+    for token in (0, 20):
+        close(fast_vggt.maps(three, token).maps[0], golden[f"tiny_fast_grid_token{token}"], 1e-4)
+
+
 def test_blocks_of_fewer_than_24_are_at_the_same_depth(golden: dict[str, Tensor]) -> None:
     def captured(*numbers: int) -> dict[str, Attention]:
         return {f"b{n}": attention(golden, block=n) for n in numbers}
