@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from multiview import Dust3r
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vggt_adapter import AttentionExtractor
 from vistvis import Attention, SiteInfo, TokenLayout
 from vistvis.errors import InputError, SiteError
 from vistvis.recipes import attention_sinks, easi3r, go_to_hunt, sparse_vggt, vggt4d
@@ -292,13 +294,29 @@ def test_motion_of_pairs_is_the_authors(golden: dict[str, Tensor]) -> None:
     assert torch.equal(result.mask, result.maps > result.threshold)
     swapped = easi3r.dynamic(captured, pairs=[(j, i) for i, j in pairs])
     assert (swapped.maps - result.maps).abs().max() > 0.3
-    with pytest.raises(InputError, match=r"has 6 pairs of frames .*names 5"):
+    with pytest.raises(InputError, match=r"has 6 pairs of frames, and pairs= names 5"):
         easi3r.dynamic(captured, pairs=pairs[:5])
     first = {n: a for n, a in captured.items() if not n.endswith("2")}
     with pytest.raises(InputError, match="both decoders"):
         easi3r.dynamic(first, pairs=pairs)
     with pytest.raises(InputError, match="two pairs or more on each side, got 1: 6"):
         easi3r.dynamic(captured, pairs=[(0, 1)] * 6)
+
+
+def test_motion_of_a_dust3r_as_it_is_captured() -> None:
+    torch.manual_seed(0)
+    model, views = Dust3r(), torch.rand(3, 3, 8, 12)
+    pairs = list(itertools.permutations(range(3), 2))
+    with AttentionExtractor(model) as extractor, torch.no_grad():
+        extractor.register_hooks(attention_types="cross")
+        model({"img": views[[i for i, _ in pairs]]}, {"img": views[[j for _, j in pairs]]})
+    result = easi3r.dynamic(extractor.captured, pairs=pairs)
+    grid = extractor.captured["cross_block_0"].key_layout.grid
+    assert result.maps.shape == (3, *grid)
+    # As many channels as blocks and heads, of each decoder its own.
+    only = {n: a for n, a in extractor.captured.items() if "_1" not in n}
+    assert len(only) == 2
+    assert (easi3r.dynamic(only, pairs=pairs).maps - result.maps).abs().max() > 0.01
 
 
 def test_motion_of_a_vggt_equals_dense(golden: dict[str, Tensor]) -> None:

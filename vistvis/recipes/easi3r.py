@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vistvis.attention import Attention
-from vistvis.errors import InputError
+from vistvis.errors import InputError, LayoutError
 from vistvis.recipes.otsu import adaptive_threshold
 from vistvis.recipes.scaling import min_max
 from vistvis.recipes.sites import Captured, one, plain_attention, take_all
@@ -72,7 +72,8 @@ def dynamic(captured: Captured, *, pairs: Sequence[Pair] | None = None) -> Dynam
     b), min–max in each frame.
 
     Cost: `E·N·h·d` multiply-adds for each of E pairs and each block. InputError where pairs do not
-    fit, a decoder is missing, or frames have fewer than two pairs.
+    fit, a decoder is missing, or frames have fewer than two pairs; LayoutError where keys are not
+    the patches of one picture.
     """
     if isinstance(captured, Attention):
         raise InputError(
@@ -128,10 +129,15 @@ def _of_decoders(
         if site is None or site.kind != "cross":
             continue
         plain_attention(a, name, "dynamic")
-        if a.shape[0] != len(pairs) or site.key_layout is None:
+        if a.shape[0] != len(pairs):
             raise InputError(
-                f"{name} has {a.shape[0]} pairs of frames and keys {site.key_layout}, and pairs= "
-                f"names {len(pairs)}: run the model on all pairs at once"
+                f"{name} has {a.shape[0]} pairs of frames, and pairs= names {len(pairs)}: run the "
+                "model on all pairs at once"
+            )
+        if site.key_layout is None or site.key_layout.num_patches != a.shape[3]:
+            raise LayoutError(
+                f"{name} has {a.shape[3]} keys, which have to be the patches of one picture, and "
+                f"its layout is {site.key_layout}"
             )
         decoders["b" if "dec_blocks2" in site.path else "a"].append(_products(a))
     if sorted(decoders) != ["a", "b"]:
