@@ -44,7 +44,8 @@ class SiteInfo:
     tokens, `query_order` and `key_order` say which of them the captured ones are, and
     `frame_order` `(B, S)`, where frames are folded into the batch, which picture lies at
     `b · S + s`. `first_frame` is the frame of the key layout that the query layout's first one is,
-    where keys of earlier frames come from a cache.
+    where keys of earlier frames come from a cache. `intervened` says what `vistvis.intervene` had
+    changed; the weights are those that the model then used.
     """
 
     name: str
@@ -62,6 +63,7 @@ class SiteInfo:
     key_order: TokenOrder | None = None
     frame_order: Tensor | None = field(default=None, compare=False)
     first_frame: int = 0
+    intervened: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", self.path or self.name)
@@ -98,8 +100,9 @@ class SiteInfo:
         data = asdict(replace(self, query_order=None, key_order=None, frame_order=None))
         for name in ("query_order", "key_order", "frame_order"):
             del data[name]
-        if not self.first_frame:
-            del data["first_frame"]
+        for name in ("first_frame", "intervened"):
+            if not data[name]:
+                del data[name]
         for side in ("query_layout", "key_layout"):
             layout: TokenLayout | None = getattr(self, side)
             data[side] = layout.to_dict() if layout else None

@@ -92,6 +92,8 @@ class Finisher(threading.local):
                 info = now.trace.describe(info, attention.shape)
             elif run.placing is not None:
                 info = run.placing.onto(info, attention.shape)
+            if reading.intervened:
+                info = replace(info, intervened=reading.intervened)
             given.append((site.name, attention.with_site(info)))
         return given
 

@@ -45,7 +45,7 @@ class _Namespace:
         return getattr(self._base, name)
 
 
-def _relinked(function: Any, module: Any, **replaced: Any) -> Any:
+def relinked(function: Any, module: Any, **replaced: Any) -> Any:
     """The same code, with some of its module's names looked up elsewhere."""
     names = {**module.__dict__, **replaced}
     made = FunctionType(
@@ -76,16 +76,16 @@ class MultiheadReader:
             _transformer_encoder_layer_fwd=self._encoder_layer,
         )
         if original.__func__ is nn.TransformerEncoderLayer.forward:
-            made = _relinked(original.__func__, transformer, torch=native)
+            made = relinked(original.__func__, transformer, torch=native)
         else:
             functions = _Namespace(F, multi_head_attention_forward=self.multi_head_attention)
-            made = _relinked(original.__func__, activation, torch=native, F=functions)
+            made = relinked(original.__func__, activation, torch=native, F=functions)
         return made(original.__self__, *args, **kwargs)
 
     def multi_head_attention(self, *args: Any, **kwargs: Any) -> Any:
         """`F.multi_head_attention_forward`, recorded."""
         self._heads = kwargs["num_heads"] if "num_heads" in kwargs else args[4]
-        made = _relinked(
+        made = relinked(
             MULTIHEAD_FORWARD,
             F,
             scaled_dot_product_attention=self._sdpa,

@@ -53,6 +53,7 @@ class Reading:
     lead: tuple[int, ...] = ()
     marks: tuple[Mark, ...] = ()
     scores: tuple[object, bool] | None = None
+    intervened: str = ""  # what was changed on purpose, if something was
 
 
 @dataclass

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vistvis.hooks.changed import Change, changed_attention, changed_reading
 from vistvis.hooks.flow import PRODUCTS, SOFTMAX, Flow
 from vistvis.hooks.readings import SDPA, KernelReader, Notes, SdpaCall, autocast_dtype
 
-_WATCHED = frozenset({SDPA, F.multi_head_attention_forward, *PRODUCTS, *SOFTMAX})
+_WATCHED = frozenset({SDPA, changed_attention, F.multi_head_attention_forward, *PRODUCTS, *SOFTMAX})
 
 
 class KernelTap(TorchFunctionMode):
@@ -57,11 +58,21 @@ class KernelTap(TorchFunctionMode):
                     "kernel", lambda: sdpa(SdpaCall(*args, **kwargs), out, autocast_dtype(out))
                 )
             return out
+        if func is changed_attention:
+            return self._changed(*args)
         if func in self._instead and self._active():
             return self._instead[func](*args, **kwargs)
         out = func(*args, **kwargs)
         self._flow.follow(func, args, kwargs, out)
         return out
+
+    def _changed(self, call: SdpaCall, change: Change) -> Tensor:
+        """A call that an intervention has changed: read with what was changed of its weights."""
+        out = changed_attention(call, change.weighing)
+        if self._active():
+            reader, dtype = self._reader, autocast_dtype(out)
+            self._notes.take("kernel", lambda: changed_reading(reader, call, change, out, dtype))
+        return change.averaged(out)
 
 
 class PassBegan(NamedTuple):
