@@ -238,13 +238,8 @@ def changed_reading(
         scale = torch.as_tensor(plain.scale, dtype=torch.float64, device=plain.device)
         parts["scale"] = scale.expand(len(uniform)).masked_fill(uniform[:, 0, 0], 0.0)
     if parts:
-        reading = replace(reading, attention=_remade(plain, **parts))
+        reading = replace(reading, attention=plain.replace(**parts))
     return replace(reading, intervened=change.text)
-
-
-def _remade(attention: Attention, **parts: Any) -> Attention:
-    names = ("query", "key", "scale", "mask", "causal", "segments", "score_mod", "mask_mod")
-    return Attention(**{**{name: getattr(attention, name) for name in names}, **parts})
 
 
 def _seen(change: Change, plain: Attention) -> dict[str, Any]:
