@@ -34,6 +34,8 @@ WINGS: dict[str, set[str]] = {
     "analysis": SMALL | {"attention", "tokens", "files"},
     "store": SMALL | {"attention", "tokens", "images", "files"},
     "views": SMALL | {"analysis", "store", "attention", "tokens", "queries", "images", "files"},
+    "recipes": SMALL
+    | {"analysis", "intervention", "hooks", "store", "views", "attention", "tokens", "images"},
     "decorators": SMALL | {"store", "views", "attention", "tokens", "images", "files", "state"},
 }
 FREE = {"__init__", "__main__", "cli", "commands"}

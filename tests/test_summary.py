@@ -122,7 +122,7 @@ def test_only_what_is_asked_for() -> None:
         vistvis.summarize(many, of=("entropi",))
     with pytest.raises(InputError, match="of= is a tuple"):
         vistvis.summarize(many, of="entropy")
-    with pytest.raises(InputError, match="nothing to summarize"):
+    with pytest.raises(InputError, match="there is no site"):
         vistvis.summarize({})
     with pytest.raises(InputError, match="several passes"):
         vistvis.summarize({"a": [sharp(), sharp()]})  # type: ignore[dict-item]

@@ -12,8 +12,8 @@ from torch import Tensor
 from vistvis.attention import Attention
 from vistvis.attention.arithmetic import rows_at_once
 from vistvis.attention.checks import describe
-from vistvis.errors import IndexOutOfRange, InputError, LayoutError, SiteError
-from vistvis.names import few, matches, suggestion
+from vistvis.attention.site import chosen_names
+from vistvis.errors import IndexOutOfRange, InputError, LayoutError
 from vistvis.progress import progress as bar
 from vistvis.tokens import TokenLayout
 
@@ -129,7 +129,7 @@ def _blocks(
 ) -> list[tuple[str, Attention]]:
     """The chosen blocks under their names, in order."""
     if isinstance(captured, Mapping):
-        names = list(captured) if sites is None else _chosen(list(captured), sites)
+        names = chosen_names(captured, sites)
         named = [(f"site {name!r}", captured[name]) for name in names]
     elif sites is not None:
         raise InputError("sites= chooses from a mapping by name; give the blocks that are meant")
@@ -144,15 +144,6 @@ def _blocks(
     if not named:
         raise InputError("rollout goes through one block at least, got none")
     return named
-
-
-def _chosen(names: list[str], sites: str | Sequence[str]) -> list[str]:
-    patterns = [sites] if isinstance(sites, str) else list(sites)
-    for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
-            hint = suggestion(pattern, names, otherwise=f"there are {few(names)}")
-            raise SiteError(f"no site {pattern!r}: {hint}")
-    return [name for name in names if any(matches(pattern, name) for pattern in patterns)]
 
 
 def _sizes(blocks: Sequence[tuple[str, Attention]]) -> tuple[int, int]:

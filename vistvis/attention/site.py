@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from vistvis.attention.order import TokenOrder
-from vistvis.errors import IndexOutOfRange, InputError
+from vistvis.errors import IndexOutOfRange, InputError, SiteError
+from vistvis.names import few, matches, suggestion
 from vistvis.tokens import TokenLayout
 
 
@@ -125,3 +126,23 @@ class SiteInfo:
             return cls(**fields)
         except TypeError as error:
             raise InputError(f"not a site description: {error}") from error
+
+
+def chosen_names(names: Iterable[str], sites: str | Sequence[str] | None) -> list[str]:
+    """The names of sites that names or globs mean, in their order; all where `sites` is None.
+
+    `SiteError` for one that fits none, with the nearest name; `InputError` where there is no site.
+    """
+    every = list(names)
+    if not every:
+        raise InputError("there is no site: the source is empty")
+    if sites is None:
+        return every
+    patterns = [sites] if isinstance(sites, str) else list(sites)
+    if not patterns:
+        raise SiteError(f"no sites were named; there are {few(every)}")
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in every):
+            hint = suggestion(pattern, every, otherwise=f"there are {few(every)}")
+            raise SiteError(f"no site {pattern!r}: {hint}")
+    return [name for name in every if any(matches(pattern, name) for pattern in patterns)]
