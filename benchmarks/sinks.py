@@ -10,14 +10,17 @@ A patch counts as a sink if it is one in any head. The main answer takes the las
 output it is about, and `sink_tokens` as it comes (10 times an even share); the table of all blocks
 and other thresholds shows what another choice would have given.
 
-    python benchmarks/sinks.py WEIGHTS [PHOTO …]
+    python benchmarks/sinks.py [--weights FILE] [PHOTO …]
 
-WEIGHTS are those of timm's vit_small_patch14_dinov2; photographs default to scikit-image's.
+FILE holds weights of timm's vit_small_patch14_dinov2, or is the ONNX file that `training/dinov2.py`
+reads; default the one that VISTVIS_DINOV2 names. Photographs default to scikit-image's.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,15 +115,24 @@ def report(names: list[str], found: list[Found]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights", type=Path)
+    parser.add_argument("--weights", type=Path, default=os.environ.get("VISTVIS_DINOV2"))
     parser.add_argument("photos", nargs="*", type=Path)
     arguments = parser.parse_args()
-    photos = arguments.photos
+    weights, photos = arguments.weights, arguments.photos
+    if weights is None:
+        print("left out: needs DINOv2's weights, --weights FILE (training/dinov2.py says whence)")
+        return
     if not photos:
         import skimage
 
         photos = [Path(skimage.__file__).parent / "data" / name for name in PHOTOS]
-    loaded = load(f"{MODEL}@{arguments.weights}", images=photos, size=SIZE)
+    onnx = weights.suffix == ".onnx"
+    loaded = load(f"{MODEL}@{'random' if onnx else weights}", images=photos, size=SIZE)
+    if onnx:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from training import dinov2
+
+        loaded.model.load_state_dict(dinov2.load(weights).state_dict())
     report([photo.name for photo in photos], [find(loaded.model, one) for one in loaded.images])
 
 
