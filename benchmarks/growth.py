@@ -89,7 +89,7 @@ def main(rounds: int) -> None:
         fits.append([name, f"{slope:.2f}", expected])
     table(
         f"exponents, fitted from {FITTED} frames on",
-        ["what", "tokens to the power of", "expected, at most"],
+        ["what", "tokens to the power of", "expected"],
         fits,
     )
     write_results(__file__)

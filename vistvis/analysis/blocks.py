@@ -57,14 +57,15 @@ def rollout(
         The token, counted over all frames, or within `frame`; negative counts from the end.
     fusion
         Over heads, for each row and key: "mean", "max" or "min". Rows of max and min do not sum to
-        1 before the division, so that they weigh more or less than `residual` says, as in the code
-        that is about for vision transformers (jacobgil/vit-explain).
+        1 before the division, so that they weigh more or less than `residual` says; the order of
+        steps is that of vit-explain (github.com/jacobgil/vit-explain).
     residual
         The share of the skip connection, 0 to 1.
     discard
         The share of the smallest weights of each row of F that are set to zero before the identity
         is added, from 0 to below 1; weights equal to the smallest that stays, stay. It is a share
-        of each ROW; vit-explain takes it of the whole matrix, and keeps the cls token.
+        of each ROW; vit-explain takes it of the whole matrix, and then divides columns, not rows,
+        by the sums of rows, so that its numbers are others wherever rows do not sum to 1.
     sites
         Names or globs of the blocks, where `captured` is a mapping; default all.
     frame
@@ -90,9 +91,8 @@ def rollout(
         raise InputError(f"discard is a share of each row, 0 to below 1, got {discard!r}")
     blocks = _blocks(captured, sites)
     scenes, count = _sizes(blocks)
-    start = torch.zeros(scenes, count, dtype=torch.float64, device=blocks[-1][1].device)
-    start[:, _token(query, frame, count, blocks)] = 1
-    shares = start
+    shares = torch.zeros(scenes, count, dtype=torch.float64)
+    shares[:, _token(query, frame, count, blocks)] = 1
     for _, block in bar(blocks[::-1], "rollout", shown=progress, delay=0.5):
         batch, tokens = block.shape[0], block.shape[2]
         shares = shares.to(block.device).reshape(batch, tokens)
