@@ -3,6 +3,12 @@
 from vistvis.analysis.layouts import distance as distance
 from vistvis.analysis.layouts import frame_mass as frame_mass
 from vistvis.analysis.layouts import special_mass as special_mass
+from vistvis.analysis.likeness import similarity as similarity
+from vistvis.analysis.matching import correspondence as correspondence
+from vistvis.analysis.matching import match_rate as match_rate
+from vistvis.analysis.products import cost_volume as cost_volume
+from vistvis.analysis.products import gram as gram
+from vistvis.analysis.products import logits as logits
 from vistvis.analysis.rows import effective_rank as effective_rank
 from vistvis.analysis.rows import entropy as entropy
 from vistvis.analysis.rows import received as received
