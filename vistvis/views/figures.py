@@ -265,7 +265,7 @@ def colour_bar(
     fits = text_width(label, size) <= height / axes.figure.dpi
     bar.set_label(label if fits else short, fontsize=size)
     axes.tick_params(labelsize=size - 0.5, length=2.5, width=0.5, color=QUIET, labelcolor=INK)
-    axes.tick_params(which="minor", length=1.5, width=0.4, color=QUIET)
+    axes.tick_params(which="minor", length=1.5, width=0.4, color=QUIET, labelsize=size - 0.5)
     if not logarithmic:
         few = max(2, min(8, int(height / axes.figure.dpi / 0.2)))
         bar.locator = MaxNLocator(few, steps=[1, 2, 2.5, 5, 10])

@@ -42,6 +42,8 @@ _CHANGE = "RdBu_r"
 # Colours of kinds that colour-blind people can tell apart (Okabe & Ito), and lines besides.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1b1b1f")
 _PARTS = ("special", "patch")
+_ONE = {"patch": "a patch", "special": "a special token"}
+_ALL = {"patch": "all patches", "special": "all special tokens", "all": "all tokens"}
 # Inches: a panel of curves, around it, and how many stand in a line.
 _CURVES, _AROUND, _IN_LINE = (2.7, 1.9), (0.62, 0.62), 3
 
@@ -168,17 +170,13 @@ def frame_matrices(
         cmap=cmap,
         cell=(side, side),
         title=title or f"{site}: mass from frame to frame",
-        note=f"what a {_PART_WORDS[query_part]} of a frame gives to {_KEY_WORDS[key_part]} of a frame"
+        note=f"what {_ONE[query_part]} of a frame gives to {_ALL[key_part]} of a frame"
         + " · grey: no such tokens" * bool(np.isnan(values).any()),
         unit="share of a row",
         down="frame of the query",
         across="frame of the key",
         width=width,
     )
-
-
-_PART_WORDS = {"patch": "patch", "special": "special token"}
-_KEY_WORDS = {"patch": "all patches", "special": "all special tokens", "all": "all tokens"}
 
 
 def over_depth(
@@ -271,9 +269,9 @@ def similarity_map(
         cmap=cmap,
         cell=(side, side),
         title=title or f"how alike {result.of} attend",
-        note=f"rows of {len(result.queries)} queries"
-        + (" · alike ones side by side; numbers below are those before" if ordered else ""),
+        note=f"rows of {len(result.queries)} queries" + ", alike ones side by side" * ordered,
         unit=unit,
+        across="" if result.of == "queries" else "number in the result",
         width=width,
     )
 
@@ -310,7 +308,7 @@ def _by_kind(table: Table, column: str) -> Mapping[str, tuple[list[str], Matrix]
 
 
 def _depths(table: Table) -> Mapping[str, list[int]]:
-    """By kind the number of each site's block; where they have none, or the same, in their order."""
+    """By kind the number of each site's block; their order where they have none of their own."""
     out = {}
     for kind in dict.fromkeys(table["kind"].tolist()):
         part = table.where(kind=kind)
@@ -325,7 +323,8 @@ def _curve(axes: Axes, blocks: Sequence[int], values: Matrix, colour: str) -> No
     """Mean over heads `(sites, heads)`, and the band between the least and the most."""
     order = np.argsort(blocks, kind="stable")
     x, known = np.array(blocks)[order], np.ma.masked_invalid(values[order])
-    mean, low, high = (np.ma.filled(part, np.nan) for part in (known.mean(1), known.min(1), known.max(1)))  # fmt: skip
+    parts = known.mean(1), known.min(1), known.max(1)
+    mean, low, high = (np.ma.filled(part, np.nan) for part in parts)
     axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
     axes.plot(x, mean, color=colour, linewidth=1.4, marker="o", markersize=2.6)
 

@@ -43,7 +43,7 @@ _WRITTEN = 400
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """A matrix `(rows, cols)`, NaN where there is no number, and the names of its rows and columns."""
+    """A matrix `(rows, cols)`, NaN where there is no number; names of its rows and columns."""
 
     values: NDArray[np.float64]
     title: str
@@ -84,7 +84,8 @@ def draw_panels(
     figure = NotebookFigure(figsize=(given, height), dpi=150)
     figure.write(_EDGE, _EDGE, heading, size=large, color=INK, fontweight="bold")
     figure.write(_EDGE, said_top, said, size=small, color=QUIET)
-    written = sum(panel.values.size for panel in panels) <= _WRITTEN
+    every = np.concatenate([panel.values.ravel() for panel in panels])
+    form = _form(every[np.isfinite(every)]) if every.size <= _WRITTEN else None
     grey = colour_map(cmap).with_extremes(bad=MISSING)
     for number, panel in enumerate(panels):
         line, column = divmod(number, sizes.columns)
@@ -95,7 +96,7 @@ def draw_panels(
         room = sizes.cell[0] * cols + _GAP
         text = shorten(panel.title, room, small)
         axes.set_title(text, fontsize=small, pad=2.5, loc="left", color=INK, parse_math=False)
-        _cells(axes, panel, normalizer, grey, sizes.cell, tiny, written)
+        _cells(axes, panel, normalizer, grey, sizes.cell, tiny, form)
         if down and column == 0:
             axes.set_ylabel(down, fontsize=small, color=QUIET, labelpad=2)
         if across and (number + sizes.columns >= len(panels)):
@@ -103,16 +104,14 @@ def draw_panels(
     first = panels[0].values.shape[0] * sizes.cell[1]
     span = min(max(first, _LOWEST), _HIGHEST)
     bar = figure.add_box(sizes.bar, top + sizes.above, _BAR, span)
-    clipped = is_clipped(np.concatenate([p.values.ravel() for p in panels]), normalizer)
-    short = unit.split()[0]
     colour_bar(
         bar,
         normalizer=normalizer,
         cmap=cmap,
-        clipped=clipped,
+        clipped=is_clipped(every, normalizer),
         size=small,
         label=unit,
-        short=short,
+        short=unit.split()[0] if unit else "",
     )
     return figure
 
@@ -198,13 +197,13 @@ def _cells(
     cmap: Colormap,
     cell: tuple[float, float],
     size: float,
-    written: bool,
+    form: str | None,
 ) -> None:
-    """The cells of a panel, their names, and their numbers where there is room."""
+    """The cells of a panel, their names, and their numbers in a form where there is room."""
     rows, cols = panel.values.shape
     shown = panel.values.astype(np.float32)  # as the scale is
     if isinstance(normalizer, LogNorm):  # what is less than the scale has its lowest colour
-        shown = np.maximum(shown, normalizer.vmin)
+        shown = np.maximum(shown, np.float32(normalizer.vmin or 0.0))
     axes.imshow(
         np.ma.masked_invalid(shown), norm=normalizer, cmap=cmap, aspect="auto", interpolation="none"
     )
@@ -218,14 +217,16 @@ def _cells(
     axes.tick_params(length=0, pad=2, labelcolor=INK)
     axes.tick_params(axis="y", labelsize=letters)
     axes.tick_params(axis="x", labelsize=size)
-    for text in (*axes.get_yticklabels(), *axes.get_xticklabels()):
-        text.set_parse_math(False)
+    for label in (*axes.get_yticklabels(), *axes.get_xticklabels()):
+        label.set_parse_math(False)
     for spine in axes.spines.values():
         spine.set(color=HAIRLINE, linewidth=0.5)
-    texts = _texts(panel.values, signed=bool(normalizer.vmin is not None and normalizer.vmin < 0))
     letters = min(size - 0.5, cell[1] * 72 / 1.4)
+    if form is None or letters < 5:
+        return
+    texts = {(r, c): form.format(shown[r, c]) for r, c in np.argwhere(np.isfinite(panel.values))}
     room = max((text_width(text, letters) for text in texts.values()), default=0.0)
-    if not written or room + 0.05 > cell[0] or letters < 5:
+    if room + 0.05 > cell[0]:
         return
     for (row, col), text in texts.items():
         light = _luminance(cmap(normalizer(shown[row, col]))) > 0.45
@@ -238,17 +239,12 @@ def _every(count: int, step: float, need: float) -> range:
     return range(0, count, max(1, math.ceil(need / step)))
 
 
-def _texts(values: NDArray[np.float64], *, signed: bool) -> dict[tuple[int, int], str]:
-    """The numbers of a matrix as they stand in its cells."""
-    finite = np.abs(values[np.isfinite(values)])
-    digits = 2 - min(2, int(np.log10(max(finite.max(initial=1.0), 1.0))))
-    if not (values[np.isfinite(values)] % 1).any():  # counts
-        digits = 0
-    sign = "+" if signed else ""
-    return {
-        (int(row), int(col)): f"{values[row, col]:{sign}.{digits}f}"
-        for row, col in np.argwhere(np.isfinite(values))
-    }
+def _form(values: NDArray[np.float64]) -> str:
+    """How numbers are written in cells: counts as they are, others in three digits."""
+    if not (values % 1).any():
+        return "{:.0f}"
+    whole = np.log10(max(np.abs(values).max(), 1.0))
+    return f"{{:{'+' * bool(values.min() < 0)}.{max(0, 2 - int(whole))}f}}"
 
 
 def _luminance(colour: Sequence[float]) -> float:
