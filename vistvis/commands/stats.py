@@ -223,7 +223,9 @@ def _write(
     out, ending = Path(arguments.out), arguments.table
     there = _options.files_in(out)
     out.mkdir(parents=True, exist_ok=True)
-    tables = {"stats": summary, "frames": summary.frames}
+    tables: dict[str, Table] = {"stats": summary}
+    if len(summary.frames):
+        tables["frames"] = summary.frames
     if summary.queries is not None:
         tables["queries"] = summary.queries
     if change is not None:

@@ -198,6 +198,7 @@ def over_depth(
     curves = {name: _by_kind(table, name) for name in names}
     blocks = _depths(table)
     kinds = list(blocks)
+    ends = min(map(min, blocks.values())), max(map(max, blocks.values()))
     large, small = (11.0, 8.5) if width is None else (9.0, 7.0)
     given = None if width is None else inches_of(width)
     in_line = min(len(names), _IN_LINE)
@@ -233,7 +234,8 @@ def over_depth(
         axes.set_title(_words(name), fontsize=small, loc="left", pad=3, color=INK)
         axes.set_ylabel(unit, fontsize=small, labelpad=2, color=QUIET)
         axes.set_xlabel("block", fontsize=small, labelpad=1.5, color=QUIET)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+        axes.set_xlim(ends[0] - 0.4, ends[1] + 0.4)
         if not name.endswith("_change"):
             axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=small - 1, length=2.5, width=0.5, color=QUIET, labelcolor=INK)

@@ -243,8 +243,8 @@ def _form(values: NDArray[np.float64]) -> str:
     """How numbers are written in cells: counts as they are, others in three digits."""
     if not (values % 1).any():
         return "{:.0f}"
-    whole = np.log10(max(np.abs(values).max(), 1.0))
-    return f"{{:{'+' * bool(values.min() < 0)}.{max(0, 2 - int(whole))}f}}"
+    digits = 2 - math.floor(math.log10(np.abs(values).max()))
+    return f"{{:{'+' * bool(values.min() < 0)}.{min(max(digits, 0), 5)}f}}"
 
 
 def _luminance(colour: Sequence[float]) -> float:
