@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -234,7 +235,7 @@ def test_chosen_heads_of_frames(summary: Summary) -> None:
 
 
 def test_frames_that_cannot_be_drawn(summary: Summary) -> None:
-    with pytest.raises(InputError, match="no masses of frames for site 'globl_1'.*did you mean"):
+    with pytest.raises(InputError, match=r"no masses of frames for site 'globl_1'.*did you mean"):
         frame_matrices(summary, site="globl_1")
     with pytest.raises(InputError, match="no masses of frames for site 'odd'"):
         frame_matrices(summary, site="odd")
@@ -392,14 +393,15 @@ def synthetic(sites: int, heads: int, frames: int) -> Summary:
     """Numbers of as many sites as a large model has."""
     rng = np.random.default_rng(0)
     kinds = ("frame", "global")
-    lines = [(f"{k}_block_{i}", k, i, 0, h) for i in range(sites) for k in kinds for h in range(heads)]  # fmt: skip
+    numbers = [(kind, i, h) for i in range(sites) for kind in kinds for h in range(heads)]
+    lines = [(f"{kind}_block_{i}", kind, i, 0, h) for kind, i, h in numbers]
     columns = dict(zip(KEYS, map(np.array, zip(*lines, strict=True)), strict=True))
     made = Summary({**columns, "entropy": rng.random(len(lines))}, keys=KEYS)
     pairs = np.indices((heads, frames, frames)).reshape(3, -1)
     one = {"site": "global_block_0", "batch": 0, "query_part": "patch", "key_part": "patch"}
-    numbers = dict(zip(("head", "query_frame", "key_frame"), pairs, strict=True))
+    frames_of = dict(zip(("head", "query_frame", "key_frame"), pairs, strict=True))
     same = {name: np.full(len(pairs[0]), value) for name, value in one.items()}
-    made.frames = Table({**same, **numbers, "mass": rng.random(len(pairs[0]))})
+    made.frames = Table({**same, **frames_of, "mass": rng.random(len(pairs[0]))})
     return made
 
 
@@ -421,7 +423,7 @@ def test_every_name_can_be_read(sizes: tuple[int, int, int], width: str | None) 
             for labels, side in ((axes.get_xticklabels(), 0), (axes.get_yticklabels(), 1)):
                 boxes = [t.get_window_extent().get_points()[:, side] for t in labels]
                 shown = sorted(tuple(box) for box in boxes if box[1] - box[0] > 1)
-                for (_, end), (start, _) in zip(shown, shown[1:], strict=False):
+                for (_, end), (start, _) in pairwise(shown):
                     assert start > end - 1
             box = axes.get_tightbbox()
             assert box is not None

@@ -15,7 +15,8 @@ from vistvis.commands import _options
 from vistvis.errors import InputError, LayoutError
 
 if TYPE_CHECKING:
-    from vistvis.analysis import Correspondence, Summary, Table
+    from vistvis.analysis import Summary, Table
+    from vistvis.analysis.matching import Correspondence
     from vistvis.attention import Attention
     from vistvis.views.figures import NotebookFigure
 
@@ -302,7 +303,7 @@ def _spread(names: Sequence[str], most: int) -> list[str]:
     """At most so many, spread evenly from the first to the last."""
     if len(names) <= most:
         return list(names)
-    return [names[round(n * (len(names) - 1) / (most - 1))] for n in range(most)]
+    return [names[round(n * (len(names) - 1) / max(most - 1, 1))] for n in range(most)]
 
 
 def _stem(site: str) -> str:
