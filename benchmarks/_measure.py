@@ -1,14 +1,17 @@
-"""How the benchmarks measure: CPU time of one thread in alternating order, peak memory by process.
+"""How the benchmarks measure: times in alternating order, peak memory by process.
 
 Wall time on a busy machine cannot resolve a few percent. CPU time of one thread can, if the things
-compared take turns, so that a slow minute slows them alike.
+compared take turns, so that a slow minute slows them alike. What uses several threads is timed by
+the wall, and its minima compared, on an idle machine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -17,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 
@@ -31,6 +35,11 @@ class Timing:
     def median(self) -> float:
         """Milliseconds."""
         return statistics.median(self.milliseconds)
+
+    @property
+    def minimum(self) -> float:
+        """Milliseconds."""
+        return min(self.milliseconds)
 
     @property
     def median_new_pages(self) -> float:
@@ -55,6 +64,17 @@ def cpu_times(
         for function in functions.values():
             function()
     return _take_turns({name: partial(_timed, call) for name, call in functions.items()}, rounds)
+
+
+def wall_times(
+    functions: dict[str, Callable[[], Any]], *, rounds: int, warmup: int = 1
+) -> dict[str, Timing]:
+    """As `cpu_times`, by the wall: what several threads take together."""
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    turns = {name: partial(_timed, call, time.perf_counter_ns) for name, call in functions.items()}
+    return _take_turns(turns, rounds)
 
 
 def cpu_times_of_processes(
@@ -117,10 +137,12 @@ def _take_turns(
     return times
 
 
-def _timed(function: Callable[[], Any]) -> tuple[float, int]:
-    pages, start = _minor_faults(), time.process_time_ns()
+def _timed(
+    function: Callable[[], Any], clock: Callable[[], int] = time.process_time_ns
+) -> tuple[float, int]:
+    pages, start = _minor_faults(), clock()
     function()
-    return (time.process_time_ns() - start) / 1e6, _minor_faults() - pages
+    return (clock() - start) / 1e6, _minor_faults() - pages
 
 
 def _minor_faults() -> int:
@@ -187,16 +209,51 @@ def megabytes(count: float) -> str:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table as Markdown."""
+    """Print a table as Markdown, and keep it for `write_results`."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    print(f"\n## {title}\n")
+    lines = [f"### {title[0].upper()}{title[1:]}", ""]
     for number, row in enumerate(cells):
         padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print(f"| {' | '.join(padded)} |")
+        lines.append(f"| {' | '.join(padded)} |")
         if number == 0:
-            print(f"|{'|'.join('-' * (width + 2) for width in widths)}|")
-    print(flush=True)
+            lines.append(f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+    _TABLES.append("\n".join(lines))
+    print(f"\n{_TABLES[-1]}\n", flush=True)
+
+
+def write_results(script: str, notes: str = "") -> None:
+    """Put the tables that were printed into RESULTS.md, in place of what it had of this script."""
+    import torch
+
+    path = Path(__file__).with_name("RESULTS.md")
+    name = Path(script).name
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    head = (
+        f"{datetime.date.today()}, {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} "
+        f"threads, Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    section = "\n\n".join(part for part in (f"## {name}", head, notes, *_TABLES) if part)
+    known = path.read_text(encoding="utf-8") if path.exists() else _RESULTS
+    start, *sections = known.rstrip().split("\n\n## ")
+    others = {part.split("\n")[0]: f"## {part}" for part in sections}
+    others[name] = section
+    text = "\n\n".join([start, *(others[key] for key in sorted(others))])
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+_TABLES: list[str] = []
+_RESULTS = """# Results
+
+Written by the scripts in this folder, each its own section when it is run. Times are wall times;
+where both are given, minimum / median of all rounds, and ratios are of minima, in one run."""
 
 
 def verdict(value: float, limit: float, unit: str = "") -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from vistvis import Attention, SiteInfo, TokenLayout, open_run, save_run
+from vistvis import Attention, SiteInfo, TokenLayout, TokenOrder, WindowInfo, open_run, save_run
 from vistvis.analysis import (
     distance,
     effective_rank,
@@ -19,6 +20,7 @@ from vistvis.analysis import (
     received,
     sink_tokens,
     special_mass,
+    summarize,
     top_keys,
     top_mass,
 )
@@ -48,6 +50,7 @@ def masked() -> Attention:
 
 SOURCES: dict[str, Callable[[], Attention]] = {
     "plain": sharp,
+    "large": lambda: sharp(scale=2.0),  # logits whose maximum has to be taken off
     "masked": masked,
     "causal": lambda: sharp(causal=True),
     "grouped": lambda: sharp(key_heads=2),
@@ -144,6 +147,69 @@ def test_distances_equal_dense_ones(max_bytes: int | None) -> None:
         assert distance(a)[:, :, :3].isnan().all()  # camera and registers lie nowhere
 
 
+def reordered(per_item: bool) -> tuple[Attention, list[Tensor]]:
+    """`sharp` with its tokens in another order, which its site tells, and that order."""
+    a = sharp()
+    assert a.site is not None
+    generator = torch.Generator().manual_seed(3)
+    orders = [torch.randperm(N, generator=generator) for _ in range(2)]
+    if not per_item:
+        orders[1] = orders[0]
+    query, key = (torch.stack([t[b][:, orders[b]] for b in range(2)]) for t in (a.query, a.key))
+    order = TokenOrder(torch.stack(orders) if per_item else orders[0])
+    site = replace(a.site, query_order=order, key_order=order)
+    return Attention(query=query, key=key, site=site), orders
+
+
+@pytest.mark.parametrize("per_item", [False, True])
+@SIZES
+def test_tokens_in_another_order_are_followed(per_item: bool, max_bytes: int | None) -> None:
+    moved, orders = reordered(per_item)
+    a = sharp()
+    close(frame_mass(moved, max_bytes=max_bytes), frame_mass(a))
+    for b, order in enumerate(orders):
+        for kind, mass in special_mass(moved, max_bytes=max_bytes).items():
+            close(mass[b], special_mass(a)[kind][b][:, order])
+        close(distance(moved, max_bytes=max_bytes)[b], distance(a)[b][:, order])
+    # The order left out goes red.
+    assert moved.site is not None
+    bare = moved.with_site(replace(moved.site, query_order=None, key_order=None))
+    with pytest.raises(AssertionError):
+        close(frame_mass(bare), frame_mass(a))
+
+
+def test_dropped_and_merged_tokens_count_as_the_order_says() -> None:
+    tokens = torch.tensor([0, 3, 4, 5, 15, 20, 21, 22, -1])
+    members = torch.tensor([0, 1, 1, 2, 3, 4, 4, 5, 6])
+    a = sharp()
+    assert a.site is not None
+    order = TokenOrder(tokens, members)
+    site = replace(a.site, query_order=order, key_order=order)
+    merged = Attention(query=a.query[:, :, :7], key=a.key[:, :, :7], site=site)
+    p = order.spread(dense(merged), N)  # (2, 4, 7, 30)
+    kinds = [LAYOUT.locate(token).kind for token in range(N)]
+    for kind, mass in special_mass(merged).items():
+        close(mass, p[..., [one == kind for one in kinds]].sum(-1))
+    frames = torch.arange(N) // LAYOUT.tokens_per_frame
+    patch = torch.tensor([one == "patch" for one in kinds])
+    rows = p[:, :, members[[i for i, t in enumerate(tokens) if t in (3, 4, 5)]]]
+    mass = frame_mass(merged)
+    close(mass[:, :, 0, 1, 1, 1], rows[..., (frames == 1) & patch].sum(-1).mean(2))
+    assert mass[:, :, 1, :, 0].isfinite().all()  # token 15 is the camera of frame 1
+    with pytest.raises(LayoutError, match="merged"):
+        distance(merged)
+
+
+def test_keys_of_earlier_frames_lie_before_those_of_the_queries() -> None:
+    """A cache: the queries are frame 1 of the keys' two frames."""
+    a, first = sharp(), LAYOUT.tokens_per_frame
+    assert a.site is not None
+    site = replace(a.site, query_layout=LAYOUT.frame_layout(), first_frame=1)
+    late = Attention(query=a.query[:, :, first:], key=a.key, site=site)
+    close(distance(late), distance(a)[:, :, first:])
+    close(frame_mass(late)[:, :, 0], frame_mass(a)[:, :, 1])
+
+
 def test_known_answers() -> None:
     even = Attention(query=torch.zeros(1, 1, N, 8), key=torch.randn(1, 1, N, 8), site=sharp().site)
     close(entropy(even), torch.full((1, 1, N), math.log(N), dtype=torch.float64))
@@ -181,8 +247,43 @@ def test_a_token_off_is_seen() -> None:
         close(frame_mass(a)[:, :, 0, 0, 1, 1], p[:, :, 3:15, 3:15].sum(-1).mean(2))
 
 
+def test_windows_have_rows_and_no_places() -> None:
+    window = WindowInfo(grid=(10, 6), window=(5, 6))  # a batch item for each of two windows
+    a = sharp()
+    cut = a.with_site(SiteInfo("windows", "window", window=window))
+    close(entropy(cut), entropy(a))
+    close(received(cut), received(a))
+    with pytest.raises(LayoutError, match="'windows' does not say where its key tokens lie"):
+        special_mass(cut)
+
+
+@pytest.mark.gpu
+def test_numbers_on_cuda_are_those_on_the_cpu() -> None:
+    a = sharp().to(torch.bfloat16)
+    there = a.to("cuda")
+    for call in (entropy, received, frame_mass, distance):
+        found = call(there)
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), call(a), rtol=1e-4, atol=1e-5, equal_nan=True)
+    for kind, mass in special_mass(there).items():
+        torch.testing.assert_close(mass.cpu(), special_mass(a)[kind], rtol=1e-4, atol=1e-5)
+    table = summarize(there)
+    for name, column in summarize(a).columns.items():
+        if column.dtype.kind == "f":
+            torch.testing.assert_close(
+                torch.from_numpy(table[name]), torch.from_numpy(column), rtol=1e-4, atol=1e-5
+            )
+
+
 def test_what_cannot_be_answered_is_an_error() -> None:
     a = sharp()
+    query = a.query.clone()
+    query[0, 0, 3, 0] = math.inf
+    for call in (entropy, received, frame_mass):
+        with pytest.raises(InputError, match="must be finite"):
+            call(Attention(query=query, key=a.key, site=a.site))
+        with pytest.raises(InputError, match="overflow"):
+            call(Attention(query=a.query * 1e30, key=a.key * 1e30, site=a.site))
     for k in (0, N + 1):
         with pytest.raises(InputError, match=rf"1 to the number of keys, {N}, got {k}"):
             top_keys(a, k)

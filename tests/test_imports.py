@@ -30,9 +30,12 @@ WINGS: dict[str, set[str]] = {
     "attention": SMALL | {"tokens"},
     "models": {"photos", "attention", "tokens", "files", "images", "devices", "errors", "names"},
     "hooks": SMALL | {"models", "attention", "tokens"},
+    "intervention": SMALL | {"hooks", "models", "attention", "tokens"},
     "analysis": SMALL | {"attention", "tokens", "files"},
     "store": SMALL | {"attention", "tokens", "images", "files"},
     "views": SMALL | {"analysis", "store", "attention", "tokens", "queries", "images", "files"},
+    "recipes": SMALL
+    | {"analysis", "intervention", "hooks", "store", "views", "attention", "tokens", "images"},
     "decorators": SMALL | {"store", "views", "attention", "tokens", "images", "files", "state"},
 }
 FREE = {"__init__", "__main__", "cli", "commands"}

@@ -378,7 +378,8 @@ def test_verify_sees_parts_in_the_wrong_order(
     def turned(parts: Any, cat: Any, **options: Any) -> Any:
         right = original(parts, cat, **options)
         wrong = original([*parts[1:], parts[0]], cat, **options)
-        return readings.Reading(wrong.attention, right.source, right.value, right.output)
+        attention = wrong.attention.replace(value=right.attention.value)
+        return readings.Reading(attention, right.source, right.output)
 
     monkeypatch.setattr(joining, "_combined", turned)
     with pytest.raises(CaptureError, match="differs from the kernel's output"):

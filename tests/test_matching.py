@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vistvis import Attention, SiteInfo, TokenLayout, open_run, save_run
-from vistvis.analysis import correspondence, match_rate
+from vistvis.analysis import correspondence, cost_volume, match_rate, similarity
 from vistvis.analysis.matching import How
 from vistvis.attention import TokenOrder
 from vistvis.errors import InputError, LayoutError
@@ -342,14 +342,21 @@ def test_a_planted_shift_agrees_with_its_disparity() -> None:
 
 
 def test_what_is_nearer_hides_what_is_behind() -> None:
-    a = pointing(torch.arange(12))
-    disparity = torch.full(LAYOUT.image_size, 2.0)
-    disparity[14:28, 30:] = 12.0  # in grid row 1 the last patch lies before the others
-    found = match_rate(a, 0, 1, disparity)
-    # Pixels 30…39 land on 18…27; the centre of patch (1, 2), at 25, lands on 23.
-    assert found.counted.tolist() == [11]
-    disparity[14:28, 30:] = 2.9  # no nearer than a pixel
-    assert match_rate(a, 0, 1, disparity).counted.tolist() == [12]
+    # In grid row 1 pixels from x on lie before the others. The centre of patch (1, 2), at 25, lands
+    # on pixel 23; pixel 34 on 22 beside it, 33 and 36 on 21 and 24, 37 on 25.
+    for x, nearer, hidden in (
+        (slice(30, 40), 12.0, 1),
+        (slice(34, 35), 12.0, 1),
+        (slice(36, 37), 12.0, 1),
+        (slice(33, 34), 12.0, 0),
+        (slice(37, 38), 12.0, 0),
+        (slice(26, 27), 2.9, 0),  # lands on 23, and is no nearer than a pixel
+        (slice(26, 27), 3.1, 1),  # on 23 as well
+    ):
+        disparity = torch.full(LAYOUT.image_size, 2.0)
+        disparity[14:28, x] = nearer
+        found = match_rate(pointing(torch.arange(12)), 0, 1, disparity)
+        assert found.counted.tolist() == [12 - hidden], (x, nearer)
 
 
 def fundamental(seed: int) -> np.ndarray:
@@ -442,6 +449,8 @@ def test_pictures_of_their_own_have_no_way_back() -> None:
     found = correspondence(sharp(one.num_tokens, one.num_tokens, site=site), 0, 0)
     assert found.cycle.isnan().all()
     assert not found.places.isnan().any()
+    other = sharp(keys=OTHER.num_tokens, site=replace(SITE, key_layout=OTHER))
+    assert correspondence(other, 0, 1).cycle.isnan().all()
 
 
 def test_what_cannot_be_answered_is_an_error() -> None:
@@ -482,3 +491,21 @@ def test_what_cannot_be_answered_is_an_error() -> None:
     site = SiteInfo("small", "global", query_layout=small, key_layout=small)
     with pytest.raises(InputError, match="fits fundamental matrix and disparity"):
         match_rate(sharp(18, 18, site=site), 0, 1, torch.ones(3, 3))
+
+
+@pytest.mark.gpu
+def test_matches_on_cuda_are_those_on_the_cpu() -> None:
+    disparity = torch.full(LAYOUT.image_size, 10.0)
+    for a in (sharp(), reordered()):
+        there = a.to("cuda")
+        for found, expected in zip(
+            correspondence(there, 0, 1), correspondence(a, 0, 1), strict=True
+        ):
+            assert found.is_cuda
+            close(found.cpu(), expected)
+        for truth in (matches(torch.arange(12)), disparity, fundamental(0)):
+            found, expected = match_rate(there, 0, 1, truth), match_rate(a, 0, 1, truth)
+            close(found.rate.cpu(), expected.rate)
+            assert found.counted.tolist() == expected.counted.tolist()
+        close(cost_volume(there, 0, 1).double().cpu(), cost_volume(a, 0, 1).double())
+        close(similarity(there, samples=5).matrix, similarity(a, samples=5).matrix)

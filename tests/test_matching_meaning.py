@@ -21,7 +21,7 @@ import vggt_adapter
 from vggt_adapter import VGGT, AttentionExtractor
 from vggt_adapter.sample_scene import sample_points, sample_views
 from vistvis import Attention
-from vistvis.analysis import correspondence, match_rate
+from vistvis.analysis import correspondence, match_rate, similarity
 
 CARD = Path(vggt_adapter.__file__).parent / "weights" / "MODEL_CARD.md"
 PATCH = 14
@@ -223,3 +223,19 @@ def test_the_sample_views_points_and_cameras(model: VGGT) -> None:
     # Who comes back is right more often than who doesn't, among which are all that is hidden.
     true, once = np.concatenate(right), np.concatenate(returned)
     assert true[once].mean() > true[~once].mean() + 0.5
+
+
+def test_what_was_captured_is_compared_by_name(model: VGGT) -> None:
+    items, _ = motorcycle()
+    (batch,) = items.items
+    with torch.no_grad(), AttentionExtractor(model).register_hooks(attention_types="global") as run:
+        model(batch.images)
+    found = similarity(run.captured, measure="js", samples=32)
+    names = [f"global_block_{block} head {head}" for block in range(4) for head in range(2)]
+    assert list(found.labels) == names
+    # Most like the head that was trained to point is the one that came to point by itself.
+    apart = found.matrix + torch.eye(8)
+    pointing, free = (
+        names.index(f"global_block_{block} head {head}") for block, head in (POINTING, FREE)
+    )
+    assert int(apart[pointing].argmin()) == free

@@ -124,14 +124,14 @@ def test_tokens_in_another_order_are_the_same_tokens(measure: Measure) -> None:
     assert abs(float(lost.matrix[0, 1]) - equal) > 0.3
     # Of those that were dropped in one batch item none is drawn.
     a = reordered()
-    both = similarity({"a": plain, "b": a}, measure=measure)
+    both = similarity({"a": a, "b": plain}, measure=measure)
     assert a.site is not None
     assert a.site.query_order is not None
     in_both = set(a.site.query_order.tokens[0].tolist()) & set(
         a.site.query_order.tokens[1].tolist()
     )
     assert set(both.queries.tolist()) == in_both
-    rows = torch.cat([of_originals(plain), of_originals(a)], 1)[:, :, both.queries].numpy()
+    rows = torch.cat([of_originals(a), of_originals(plain)], 1)[:, :, both.queries].numpy()
     close(both.matrix, compared([rows[:, h].reshape(-1, N) for h in range(8)], measure))
 
 
@@ -164,6 +164,18 @@ def test_planted_groups_stand_together(measure: Measure) -> None:
     order = similarity(a, measure=measure).order
     assert int((kinds[order].diff() != 0).sum()) == 2
     assert int((kinds.diff() != 0).sum()) > 2
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_groups_are_turned_so_that_alike_ends_meet(measure: Measure) -> None:
+    places = torch.tensor([2.0, 5.0, 9.0, 12.0, 17.0, 20.0, 24.0, 27.0])
+    for seed in range(5):
+        shuffled = places[torch.randperm(8, generator=seeded(seed))]
+        bumps = torch.exp(-((torch.arange(N) - shuffled[:, None]) ** 2) / 18)
+        weights = (bumps / bumps.sum(-1, keepdim=True))[None, :, None].expand(1, 8, 4, N)
+        order = similarity(Attention.from_weights(weights), measure=measure).order
+        steps = shuffled[order].diff()
+        assert (steps > 0).all() or (steps < 0).all()
 
 
 def test_a_query_without_keys_is_left_out() -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vistvis.hooks.capture import capture as capture
     from vistvis.hooks.finding import find_sites as find_sites
     from vistvis.hooks.trace import trace_layout as trace_layout
+    from vistvis.intervention import intervene as intervene
     from vistvis.state import LayerCounter as LayerCounter
     from vistvis.store import Run as Run
     from vistvis.store import RunWriter as RunWriter
@@ -63,6 +64,7 @@ _LAZY = {
     "vistvis.hooks.capture": ("Capture", "capture"),
     "vistvis.hooks.finding": ("find_sites",),
     "vistvis.hooks.trace": ("trace_layout",),
+    "vistvis.intervention": ("intervene",),
     "vistvis.state": ("LayerCounter",),
     "vistvis.store": ("Run", "RunWriter", "open_run", "save_run"),
     "vistvis.tokens": ("TokenLayout", "TokenPlace"),

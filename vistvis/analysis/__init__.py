@@ -1,5 +1,6 @@
 """Numbers about attention, exact and without the matrix: streamed over blocks of rows."""
 
+from vistvis.analysis.blocks import rollout as rollout
 from vistvis.analysis.layouts import distance as distance
 from vistvis.analysis.layouts import frame_mass as frame_mass
 from vistvis.analysis.layouts import special_mass as special_mass
@@ -18,3 +19,5 @@ from vistvis.analysis.rows import top_mass as top_mass
 from vistvis.analysis.summary import Summary as Summary
 from vistvis.analysis.summary import summarize as summarize
 from vistvis.analysis.table import Table as Table
+from vistvis.analysis.values import sink_kinds as sink_kinds
+from vistvis.analysis.values import weighted_values as weighted_values

@@ -76,16 +76,20 @@ class Masses:
         names = side.kinds()
         self.frames = side.layout.frames
         self.kinds = [kind for kind in dict.fromkeys(names) if kind != PATCH]
-        groups = side.groups()
+        numbers = {kind: number for number, kind in enumerate(self.kinds)}
+        kinds = torch.tensor([numbers.get(name, -1) for name in names])
         # One column for each kind, then two for each frame.
-        members = [torch.tensor([name == kind for name in names]) for kind in self.kinds]
-        members += [groups == number for number in range(2 * self.frames)]
+        members = [kinds == number for number in numbers.values()]
+        members += [side.groups() == number for number in range(2 * self.frames)]
         self._shares = side.shares(torch.stack(members, 1).to(a.dtype)).to(a.device)
         self._patches = None if side.order else side.layout
-        self._special = torch.tensor([name != PATCH for name in names]).nonzero()[:, 0].to(a.device)
+        self._special = (kinds >= 0).nonzero()[:, 0].to(a.device)
 
     def of(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """`(b, h, q, kinds)` and `(b, h, q, 2·S)` float64: of every frame special, then patches."""
+        """`(b, h, q, kinds)` and `(b, h, q, 2·S)` float64: of every frame special, then patches.
+
+        Asked first of a block, it spares others sums: those of whole rows and of frames.
+        """
         if self._patches is None:
             sums = rows.values @ of_batch(self._shares, rows.index)[:, None]
         else:
@@ -104,6 +108,7 @@ class Masses:
         few = self._special
         rest = values[..., few]
         sums, patches = rest @ self._shares[0, few], framed[..., first:last].sum(-1)
+        rows.patches = patches
         if not rows.divided:
             rows.total = rest.sum(-1) + patches.sum(-1)
         sums[..., len(self.kinds) + 1 :: 2] = patches
@@ -152,12 +157,15 @@ class Distances:
         self._first = a.site.first_frame if a.site else 0
         self._layouts = None if query.order or key.order else (query.layout, key.layout)
         if self._layouts:
-            # A table of all pairs of patches on one grid, of which every head reads the same part.
+            # A table of all pairs of patches on one grid, of which every head reads the same part;
+            # special tokens beside them have 0, so that whole frames are multiplied.
             down, across = (torch.arange(n, dtype=a.dtype) for n in key.layout.grid)
             squares = [(t[:, None] - t) ** 2 for t in (down, across)]
             both = squares[0][:, None, :, None] + squares[1][None, :, None, :]
-            n = key.layout.num_patches
-            self._far = both.sqrt_().reshape(n, n).to(a.device)
+            n, first = key.layout.num_patches, key.layout.patch_start_idx
+            self._far = both.new_zeros(n, key.layout.tokens_per_frame)
+            self._far[:, first : first + n] = both.sqrt_().reshape(n, n)
+            self._far = self._far.to(a.device)
         else:
             self._own, self._from = _spots(query, self._first, a)
             self._other, self._to = _spots(key, 0, a)
@@ -182,12 +190,18 @@ class Distances:
             first = query.index(frame=frame, patch=0)
             chosen = slice(max(first, begin), min(first + query.num_patches, end))
             if chosen.start < chosen.stop:
-                keys = key.index(frame=frame + self._first, patch=0)
+                keyed = frame + self._first
                 at = slice(chosen.start - begin, chosen.stop - begin)
-                within = rows.values[:, :, at, keys : keys + key.num_patches]
+                keys = len(key.before) + keyed * key.tokens_per_frame
+                within = rows.values[:, :, at, keys : keys + key.tokens_per_frame]
                 far = self._far[chosen.start - first : chosen.stop - first]
+                if rows.patches is None:
+                    patches = slice(key.patch_start_idx, key.patch_start_idx + key.num_patches)
+                    mass = within[..., patches].sum(-1)
+                else:
+                    mass = rows.patches[:, :, at, keyed]
                 # The sum of weights cancels what they would be divided by.
-                out[:, :, at] = rows.dot(within, far).double() / within.sum(-1)
+                out[:, :, at] = rows.dot(within, far).double() / mass
         return out
 
 

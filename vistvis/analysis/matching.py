@@ -79,7 +79,7 @@ def correspondence(
 
     Of merged tokens each patch has an equal share. The way back is `key_frame` to `frame` by the
     same rule, from the patch in which the place lies (cycle consistency: Dwibedi et al., "Temporal
-    Cycle-Consistency Learning", 3.2).
+    Cycle-Consistency Learning", section 3).
 
     Cost: P rows there and P' back, `(P + P') · Nk · d` multiply-adds a head. LayoutError if the
     site does not say where its tokens lie, has frames in its batch, or saw no patch of a frame;

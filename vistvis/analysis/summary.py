@@ -16,8 +16,9 @@ from vistvis.analysis.rows import sinks_among
 from vistvis.analysis.table import Column, Table, stacked
 from vistvis.analysis.walk import walk
 from vistvis.attention import Attention
-from vistvis.errors import InputError, LayoutError, SiteError
-from vistvis.names import few, matches, suggestion
+from vistvis.attention.site import chosen_names
+from vistvis.errors import InputError, LayoutError
+from vistvis.names import suggestion
 from vistvis.progress import progress as bar
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ def summarize(
     progress
         A bar over all rows; None shows one where somebody watches.
 
-    Every site is walked once, whatever is asked. `InputError` for words that are no statistic, a
-    `times` that is not positive, or nothing to summarize; `SiteError` for names that fit no site.
+    Every site is walked once, whatever is asked. `InputError` for words that are no statistic and a
+    `times` that is not positive, or where there is no site; `SiteError` for names that fit none.
 
     Cost: one to two times the model's own attention kernel; memory of two blocks of rows and what
     the tables hold.
@@ -143,16 +144,7 @@ def _chosen(
 ) -> Iterator[tuple[str, Attention]]:
     if isinstance(captured, Attention):
         captured = {captured.site.name if captured.site else "attention": captured}
-    patterns = [sites] if isinstance(sites, str) else sites
-    names = list(captured)
-    for pattern in patterns or ():
-        if not any(matches(pattern, name) for name in names):
-            hint = suggestion(pattern, names, otherwise=f"there are {few(names)}")
-            raise SiteError(f"no site {pattern!r}: {hint}")
-    wanted = [n for n in names if patterns is None or any(matches(p, n) for p in patterns)]
-    if not wanted:
-        raise InputError("nothing to summarize: there is no site in it")
-    for name in wanted:
+    for name in chosen_names(captured, sites):
         a: Any = captured[name]
         if not isinstance(a, Attention):
             raise InputError(

@@ -106,9 +106,9 @@ class Table:
     def compare(self, other: Table) -> Table:
         """This table beside another of the same kind: two checkpoints, or two runs.
 
-        Lines are matched by `keys`; of every number there are `name`, `name_other` and
-        `name_change` = other − this, where it has a unit. A line that one of them lacks has NaN on that side.
-        InputError where the tables are not about the same, or have no line in common.
+        Lines are matched by `keys`; of every number there are `name`, `name_other` and, where it
+        has a unit, `name_change` = other − this. A line that one of them lacks has NaN on that
+        side. InputError where the tables are not about the same, or have no line in common.
         """
         if self.keys != other.keys or not self.keys:
             raise InputError(f"tables that are compared have the same keys: {self.keys} here, "

@@ -14,6 +14,10 @@ from vistvis.attention import Attention
 from vistvis.attention.indexing import ALL, Block
 from vistvis.progress import progress as bar
 
+# Logits that are no larger need no maximum taken off: their exponentials are far from the ends of
+# float32, and in the entropy they lose no more than 40 eps.
+_SMALL = 40.0
+
 
 @dataclass(eq=False)
 class Rows:
@@ -33,6 +37,8 @@ class Rows:
     strongest: Tensor | None = None
     inner: Tensor | None = None
     """`(b, h, q)`: Σ values · log of values, where the entropy was asked for."""
+    patches: Tensor | None = None
+    """`(b, h, q, S)`: sums of `values` over the patches of each frame, once somebody took them."""
 
     @cached_property
     def total(self) -> Tensor:
@@ -79,40 +85,46 @@ def walk(
     # Two buffers serve all blocks: pages of new ones would cost as much as the arithmetic.
     largest = max((math.prod(_sizes(index)) for index, _ in parts), default=0) * a.shape[3]
     buffers = torch.empty(2, largest if by_logits else 0, dtype=a.dtype, device=a.device)
-    finite = by_logits and _surely_finite(a)
+    bound = _largest(a) if by_logits else 0.0
     for index, part in bar(parts, "rows of attention", shown=progress, delay=0.5):
         a.check_unwritten()
         box = (*part, ALL)
         if by_logits:
             shape = (*_sizes(index), a.shape[3])
             logits, room = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+            # No product can overflow, or be NaN, below the bound: then nobody has to look.
+            finite = bound < torch.finfo(a.dtype).max
             logits = a._logits(box, logits, finite=finite)
-            yield _by_logits(index, logits, room, strongest, entropy)
+            yield _by_logits(index, logits, room, bound < _SMALL, strongest, entropy)
         else:
             yield _by_weights(index, a._block(box), strongest, entropy)
 
 
-def _surely_finite(a: Attention) -> bool:
-    """Whether |q·k| ≤ |q|·|k| shows that no product can overflow, without a look at all of them."""
-    longest = [t.double().norm(dim=-1).max() for t in (a.query, a.key)]
-    scale = torch.as_tensor(a.scale, dtype=torch.float64).abs().max()
-    return bool(longest[0] * longest[1] * scale.to(longest[0].device) < torch.finfo(a.dtype).max)
+def _largest(a: Attention) -> float:
+    """What no |logit| exceeds: |q·k| ≤ |q|·|k|. NaN where a query or key is not finite."""
+    query, key = (float(t.to(a.dtype).norm(dim=-1).max()) for t in (a.query, a.key))
+    return query * key * float(torch.as_tensor(a.scale).abs().max())
 
 
 def _sizes(index: Block) -> tuple[int, ...]:
     return tuple(one.stop - one.start for one in index)
 
 
-def _by_logits(index: Block, logits: Tensor, room: Tensor, strongest: bool, entropy: bool) -> Rows:
+def _by_logits(
+    index: Block, logits: Tensor, room: Tensor, small: bool, strongest: bool, entropy: bool
+) -> Rows:
     """Without the division of every weight; overwrites logits."""
+    highest = key = None
     if strongest:
         highest, key = logits.max(-1)
-    else:
-        highest, key = logits.amax(-1), None
-    logits.sub_(highest[..., None])
-    rows = Rows(index, torch.exp(logits, out=room), logits, strongest=key)
-    if strongest:
-        rows.highest = torch.ones_like(highest)
+    elif not small:
+        highest = logits.amax(-1)
+    if highest is not None and not small:
+        logits.sub_(highest[..., None])
+        highest = torch.zeros_like(highest)
+    rows = Rows(index, torch.exp(logits, out=room), logits)
+    if highest is not None and key is not None:
+        rows.highest, rows.strongest = highest.exp(), key
     if entropy:
         rows.inner = logits.mul_(rows.values).sum(-1)
     return rows

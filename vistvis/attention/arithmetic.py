@@ -29,17 +29,21 @@ def one_by_many(one: Tensor, many: Tensor, scale: float | Tensor) -> Tensor:
 def logits(
     query: Tensor, key: Tensor, scale: float | Tensor, *, out: Tensor | None = None
 ) -> Tensor:
-    """scale · Q Kᵀ, `(B, h, Q, K)`, into `out` where one is given.
+    """scale · Q Kᵀ, `(B, h, Q, K)`, in the memory of `out` where that can be.
 
     `query` is `(B, h, Q, d)`, `key` `(B, h_k, K, d)`, `scale` a number or `(h, 1, 1)`.
     """
+    if out is not None and isinstance(scale, float) and key.shape[1] == query.shape[1]:
+        # The product takes the scale along, without a copy of the queries.
+        into, left, right = out.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).mT
+        return torch.baddbmm(into, left, right, beta=0, alpha=scale, out=into).view_as(out)
     # Scaling costs a copy of what is scaled, so the shorter side takes it (a column has one key);
     # with grouped heads only queries have a scale of their own for each head.
     if key.shape[2] < query.shape[2] and key.shape[1] == query.shape[1]:
         key = key * scale
     else:
         query = query * scale
-    return products(query, key, out=out)
+    return products(query, key)
 
 
 def masked(values: Tensor, masks: Iterable[Tensor]) -> Tensor:
@@ -67,15 +71,13 @@ def at_indices(
     return function(*front, *indices)
 
 
-def products(query: Tensor, key: Tensor, *, out: Tensor | None = None) -> Tensor:
+def products(query: Tensor, key: Tensor) -> Tensor:
     """Q Kᵀ, `(B, h, Q, K)`; key heads that serve several query heads are not repeated."""
     key_heads = key.shape[1]
     if key_heads != query.shape[1]:
         groups = query.shape[1] // key_heads
         together = rearrange(query, "b (k g) q d -> b k (g q) d", g=groups)
         return rearrange(together @ key.mT, "b k (g q) n -> b (k g) q n", g=groups)
-    if out is not None:
-        return torch.matmul(query, key.mT, out=out)
     if key.shape[2] == 1:
         # A batched (N, d) × (d, 1) is up to four times slower than (1, d) × (d, N).
         return (key @ query.mT).mT

@@ -34,6 +34,22 @@ def check_pair(query: Tensor, key: Tensor) -> None:
         raise InputError(f"query is on {query.device} and key on {key.device}; move one")
 
 
+def check_value(value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Values `(B, h_v, Nk, dv)` of attention `(B, h, Nq, Nk)`."""
+    if not isinstance(value, Tensor) or value.ndim != 4 or not value.is_floating_point():
+        raise InputError(
+            f"value is a floating tensor (batch, heads, keys, width), got {describe(value)}"
+        )
+    batch, heads, keys, width = value.shape
+    if (batch, keys) != (shape[0], shape[3]) or not heads or shape[1] % heads or not width:
+        raise InputError(
+            f"value (B, h_v, Nk, dv) has the B and Nk of (B, h, Nq, Nk) = {tuple(shape)}, h_v "
+            f"divides h and dv is 1 at least; got {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise InputError(f"value is on {value.device} and the rest on {device}; move one")
+
+
 def checked_scale(scale: Any, heads: int, device: torch.device) -> float | Tensor:
     if isinstance(scale, Tensor):
         real = scale.dtype != torch.bool and not scale.is_complex()

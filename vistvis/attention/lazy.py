@@ -58,13 +58,17 @@ class Attention(LazyRows):
         As in `flex_attention`: `score_mod(score, b, h, q_idx, kv_idx)` changes scaled logits,
         `mask_mod(b, h, q_idx, kv_idx)` is True where a key takes part. They are called for the
         rows asked for, on the device of the queries, and not together with segments.
+    value
+        `(B, h_v, Nk, dv)`, what the weights are multiplied with, where it is kept; `h_v` divides
+        `h` as `h_k` does. No weight depends on it.
     site
         Where it comes from; carried along, so that nothing downstream has to be told again.
 
     Weights are float32, or float64 where the queries are; queries and keys stay in their own dtype.
     Indexing follows torch (`attention[0, 3, 500]` is one row) and returns real tensors. Any torch
     function, tensor method or `np.asarray` builds the dense matrix, under the limit of `dense`.
-    `weights` is None, but for attention made by `from_weights`. `InputError` if shapes, dtypes or
+    `weights` is None, but for attention made by `from_weights`; `value` is None where it was not
+    kept. `InputError` if shapes, dtypes or
     devices do not fit together, and from whatever computes where a product of query and key is not
     finite, or a mask or `score_mod` makes NaN or +inf of it. The formula: Vaswani et al.,
     "Attention Is All You Need", 3.2.1.
@@ -91,6 +95,7 @@ class Attention(LazyRows):
         segments: Tensor | Sequence[int] | None = None,
         score_mod: Callable[..., Tensor] | None = None,
         mask_mod: Callable[..., Tensor] | None = None,
+        value: Tensor | None = None,
         site: SiteInfo | None = None,
     ) -> None:
         check_pair(query, key)
@@ -109,16 +114,18 @@ class Attention(LazyRows):
         self.score_mod, self.mask_mod = score_mod, mask_mod
         extras = [tensor for tensor in (self.mask, self.segments) if tensor is not None]
         self._plain = not (extras or self.causal or score_mod or mask_mod)
-        self._setup(shape, site, query, key, *extras)
+        self._setup(shape, site, value, query, key, *extras)
 
     @staticmethod
-    def from_weights(weights: Tensor, *, site: SiteInfo | None = None) -> Attention:
+    def from_weights(
+        weights: Tensor, *, value: Tensor | None = None, site: SiteInfo | None = None
+    ) -> Attention:
         """Attention of a source that only ever had weights, floating, `(B, h, Nq, Nk)`.
 
-        They are taken as they are: rows of talking heads, say, need not sum to 1. Other tensors are
-        an `InputError`.
+        They are taken as they are: rows of talking heads, say, need not sum to 1. `value` is as
+        above. Other tensors are an `InputError`.
         """
-        return GivenWeights(weights, site=site)
+        return GivenWeights(weights, value=value, site=site)
 
     @property
     def groups(self) -> int:
@@ -140,6 +147,8 @@ class Attention(LazyRows):
         parts = [repr(self.site.name)] if self.site else []
         parts.append(f"batch {batch}, heads {heads}, queries {queries}, keys {keys}")
         parts.append(f"Q and K {self.query.dtype}" if self.weights is None else "given weights")
+        if self.value is not None:
+            parts.append("with V")
         if self.groups > 1:
             parts.append(f"{heads // self.groups} key heads")
         if self.causal:
@@ -173,32 +182,38 @@ class Attention(LazyRows):
         other.site = site
         return other
 
-    def to(self, *args: Any, **kwargs: Any) -> Attention:
-        """Move or cast as `torch.Tensor.to`, staying lazy. Cost: a copy of Q and K."""
+    def replace(self, **parts: Any) -> Attention:
+        """The same with other parts, by the names that it is made with; nothing is copied.
+
+        `CaptureError` if its tensors were written into, `InputError` if the parts don't fit.
+        """
         self.check_unwritten()
+        return self.__class__(**{**self._made_of(), **parts})
+
+    def _made_of(self) -> dict[str, Any]:
+        """What it was made of, by name."""
+        names = ("query", "key", "scale", "mask", "causal", "segments", "score_mod", "mask_mod")
+        return {name: getattr(self, name) for name in (*names, "value", "site")}
+
+    def to(self, *args: Any, **kwargs: Any) -> Attention:
+        """Move or cast as `torch.Tensor.to`, staying lazy. Cost: a copy of Q and K, and of V."""
         query, mask = self.query.to(*args, **kwargs), self.mask
         if mask is not None:
             # A bool mask follows the device but keeps its dtype.
             is_bool = mask.dtype == torch.bool
             mask = mask.to(query.device) if is_bool else mask.to(*args, **kwargs)
-        return Attention(
-            query=query,
-            key=self.key.to(*args, **kwargs),
-            scale=self.scale,
-            mask=mask,
-            causal=self.causal,
-            segments=self.segments,
-            score_mod=self.score_mod,
-            mask_mod=self.mask_mod,
-            site=self.site,
-        )
+        value = None if self.value is None else self.value.to(*args, **kwargs)
+        return self.replace(query=query, key=self.key.to(*args, **kwargs), mask=mask, value=value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         self.check_unwritten()
         if self.score_mod or self.mask_mod:
-            return _rebuilt, (GivenWeights, {"weights": self.dense(), "site": self.site})
-        names = ("query", "key", "scale", "mask", "causal", "segments", "site")
-        return _rebuilt, (Attention, {name: getattr(self, name) for name in names})
+            parts = {"weights": self.dense(), "value": self.value, "site": self.site}
+            return _rebuilt, (GivenWeights, parts)
+        parts = {
+            n: part for n, part in self._made_of().items() if n not in ("score_mod", "mask_mod")
+        }
+        return _rebuilt, (self.__class__, parts)
 
     def cpu(self) -> Attention:
         return self.to("cpu")
@@ -421,22 +436,23 @@ class GivenWeights(Attention):
     _plain = False
     weights: Tensor
 
-    def __init__(self, weights: Tensor, *, site: SiteInfo | None = None) -> None:
+    def __init__(
+        self, weights: Tensor, *, value: Tensor | None = None, site: SiteInfo | None = None
+    ) -> None:
         if not isinstance(weights, Tensor) or weights.ndim != 4 or not weights.is_floating_point():
             raise InputError(
                 f"weights are a floating tensor (B, h, Nq, Nk), got {describe(weights)}"
             )
         self.weights = weights
-        self._setup(weights.shape, site, weights)
+        self._setup(weights.shape, site, value, weights)
 
-    def to(self, *args: Any, **kwargs: Any) -> GivenWeights:
+    def _made_of(self) -> dict[str, Any]:
+        return {"weights": self.weights, "value": self.value, "site": self.site}
+
+    def to(self, *args: Any, **kwargs: Any) -> Attention:
         """Move or cast as `torch.Tensor.to`. Cost: a copy."""
-        self.check_unwritten()
-        return GivenWeights(self.weights.to(*args, **kwargs), site=self.site)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        self.check_unwritten()
-        return _rebuilt, (GivenWeights, {"weights": self.weights, "site": self.site})
+        value = None if self.value is None else self.value.to(*args, **kwargs)
+        return self.replace(weights=self.weights.to(*args, **kwargs), value=value)
 
     def _logits(self, box: Box, out: Tensor | None = None, *, finite: bool = False) -> Tensor:
         raise InputError(

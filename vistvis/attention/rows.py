@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vistvis.attention import arithmetic, indexing
-from vistvis.attention.checks import bytes_text
+from vistvis.attention.checks import bytes_text, check_value
 from vistvis.attention.indexing import ALL, Block, Box
 from vistvis.attention.order import TokenOrder
 from vistvis.attention.site import SiteInfo
@@ -30,11 +30,18 @@ class LazyRows(TensorLike):
     dtype: torch.dtype
     """Of the weights: float32, or float64 for float64 queries (or weights)."""
     device: torch.device
+    value: Tensor | None
     # Whether single indices take the short way, `_one_row`.
     _plain: bool
 
-    def _setup(self, shape: tuple[int, ...], site: SiteInfo | None, *held: Tensor) -> None:
+    def _setup(
+        self, shape: tuple[int, ...], site: SiteInfo | None, value: Tensor | None, *held: Tensor
+    ) -> None:
         self.shape, self.site, self.device = torch.Size(shape), site, held[0].device
+        if value is not None:
+            check_value(value, shape, self.device)
+            held = (*held, value)
+        self.value = value
         self.dtype = torch.float64 if held[0].dtype == torch.float64 else torch.float32
         # Later code may write into what it handed to the kernel; then the weights would be wrong
         # without a sign. Tensors made under inference_mode keep no version: capture copies those.
@@ -50,7 +57,7 @@ class LazyRows(TensorLike):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: Q, K, mask and, once computed, row maxima and sums (or the weights)."""
+        """Bytes held: Q, K, V, mask and, once computed, row maxima and sums (or the weights)."""
         return sum(t.numel() * t.element_size() for t in self._tensors())
 
     @property
@@ -62,9 +69,9 @@ class LazyRows(TensorLike):
         for tensor, version in self._held:
             if tensor._version != version:
                 raise CaptureError(
-                    f"the queries, keys or mask of {self._name()} were written into after they "
-                    "were taken, so its weights would be wrong; clone them first, or capture "
-                    'with keep="cpu"'
+                    f"the queries, keys, values or mask of {self._name()} were written into after "
+                    "they were taken, so what it gives would be wrong; clone them first, or "
+                    'capture with keep="cpu"'
                 )
 
     def rows(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from vistvis.attention.order import TokenOrder
-from vistvis.errors import IndexOutOfRange, InputError
+from vistvis.errors import IndexOutOfRange, InputError, SiteError
+from vistvis.names import few, matches, suggestion
 from vistvis.tokens import TokenLayout
 
 
@@ -43,7 +44,8 @@ class SiteInfo:
     tokens, `query_order` and `key_order` say which of them the captured ones are, and
     `frame_order` `(B, S)`, where frames are folded into the batch, which picture lies at
     `b · S + s`. `first_frame` is the frame of the key layout that the query layout's first one is,
-    where keys of earlier frames come from a cache.
+    where keys of earlier frames come from a cache. `intervened` says what `vistvis.intervene` had
+    changed; the weights are those that the model then used.
     """
 
     name: str
@@ -61,6 +63,7 @@ class SiteInfo:
     key_order: TokenOrder | None = None
     frame_order: Tensor | None = field(default=None, compare=False)
     first_frame: int = 0
+    intervened: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", self.path or self.name)
@@ -97,8 +100,9 @@ class SiteInfo:
         data = asdict(replace(self, query_order=None, key_order=None, frame_order=None))
         for name in ("query_order", "key_order", "frame_order"):
             del data[name]
-        if not self.first_frame:
-            del data["first_frame"]
+        for name in ("first_frame", "intervened"):
+            if not data[name]:
+                del data[name]
         for side in ("query_layout", "key_layout"):
             layout: TokenLayout | None = getattr(self, side)
             data[side] = layout.to_dict() if layout else None
@@ -122,3 +126,23 @@ class SiteInfo:
             return cls(**fields)
         except TypeError as error:
             raise InputError(f"not a site description: {error}") from error
+
+
+def chosen_names(names: Iterable[str], sites: str | Sequence[str] | None) -> list[str]:
+    """The names of sites that names or globs mean, in their order; all where `sites` is None.
+
+    `SiteError` for one that fits none, with the nearest name; `InputError` where there is no site.
+    """
+    every = list(names)
+    if not every:
+        raise InputError("there is no site: the source is empty")
+    if sites is None:
+        return every
+    patterns = [sites] if isinstance(sites, str) else list(sites)
+    if not patterns:
+        raise SiteError(f"no sites were named; there are {few(every)}")
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in every):
+            hint = suggestion(pattern, every, otherwise=f"there are {few(every)}")
+            raise SiteError(f"no site {pattern!r}: {hint}")
+    return [name for name in every if any(matches(pattern, name) for pattern in patterns)]

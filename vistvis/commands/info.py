@@ -94,7 +94,11 @@ def lines(stored: Run, *, checked: bool) -> list[str]:
             harmless(name),
             " × ".join(map(str, record.shape)),
             f"{'Q and K' if record.holds == 'qk' else 'weights'} {record.dtype}"
-            + "".join(f" + {more}" for more in ("mask", "segments") if more in record.file.tensors),
+            + "".join(
+                f" + {more}"
+                for more in ("value", "mask", "segments")
+                if more in record.file.tensors
+            ),
             bytes_text(record.file.nbytes),
         )
         for name, record in records.items()

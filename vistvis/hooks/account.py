@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vistvis.hooks.changed import changed_attention
 from vistvis.hooks.flow import PRODUCTS, SOFTMAX, Flow
 from vistvis.hooks.fused import read_call
 from vistvis.hooks.kernels import KernelCall
@@ -32,7 +33,7 @@ from vistvis.hooks.steady import function_modes, replace_modes
 from vistvis.models.families import roles_of
 from vistvis.models.sites import Site, SiteList, is_torchs, named_modules, names_softmax, seen_site
 
-_KERNELS = frozenset({SDPA, MULTIHEAD_FORWARD})
+_KERNELS = frozenset({SDPA, changed_attention, MULTIHEAD_FORWARD})
 _TRACED = frozenset({*PRODUCTS, *SOFTMAX})
 Read: TypeAlias = Callable[[KernelReader], Notes]
 
@@ -184,6 +185,8 @@ class Account(TorchFunctionMode):
                 return notes
 
             self.saw("scaled_dot_product_attention", "kernel", read)
+        elif func is changed_attention:
+            self._outside.count("scaled_dot_product_attention", self._outside.owner())
         elif func is MULTIHEAD_FORWARD:
             self._outside.count("multi_head_attention_forward", self._outside.owner())
         elif self._flows:

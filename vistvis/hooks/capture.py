@@ -36,6 +36,7 @@ def capture(
     source: ReadFrom | None = None,
     rope: bool = True,
     verify: bool = False,
+    values: bool = False,
     sink: Sink | None = None,
     layout: TokenLayout | LayoutOf | Literal["trace"] | None = None,
     names: Mapping[str, str] | None = None,
@@ -56,13 +57,17 @@ def capture(
     accumulate
         Keep every forward pass: `captured[name]` is then a list. Otherwise the last pass wins.
     keep
-        "cpu" moves Q and K to host memory while the model runs on.
+        "cpu" moves Q and K (and V) to host memory while the model runs on.
     source
         Force how sites are read: "kernel", "softmax", "module" or "projection".
     rope
         False takes queries and keys before their rotary embedding (`site.rope` is then False).
     verify
         Recompute `weights @ V` for a sample of rows and compare with what the kernel returned.
+    values
+        Keep what the weights are multiplied with too, as `attention.value` `(B, h_v, Nk, dv)`: of
+        the kernel, before the output projection, with as few heads as the model gives it. A site
+        where they can't be told is an error then.
     sink
         Called with `(name, attention)` as soon as a site has run; nothing is kept then.
     layout
@@ -98,12 +103,12 @@ def capture(
     Cost: some 0.5 ms of Python a site and pass (measured: 1 to 3 % of a forward of VGGT on a CPU),
     and for the first of several passes the system's time to give memory for Q and K, on a CPU 2 to
     3 % more. `discover` follows every torch function outside of sites: some µs each. Memory: Q and
-    K of the chosen sites (weights where eager code has only those).
+    K of the chosen sites (weights where eager code has only those), and V if asked for.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"capture needs an nn.Module, got {type(model).__name__}")
     asked = sites is not None
-    options = Options(accumulate, keep, source, rope, verify, sink, layout, discover, asked)
+    options = Options(accumulate, keep, source, rope, verify, values, sink, layout, discover, asked)
     _check_model(model)
     every = find_sites(model).named(names or {})
     # What code does not show, a pass may.

@@ -82,6 +82,7 @@ class Finisher(threading.local):
                 verify_reading(reading)
             if run.before is not None:
                 source, attention = "projection", run.before.attention(attention, rope=options.rope)
+            attention = self._with_values(attention)
             results.sources[site.name] = source
             # One of several calls outside of sites, or a part of one, may be about any tokens.
             part = "#" in site.name or attention.shape[2] != attention.shape[3]
@@ -91,8 +92,20 @@ class Finisher(threading.local):
                 info = now.trace.describe(info, attention.shape)
             elif run.placing is not None:
                 info = run.placing.onto(info, attention.shape)
+            if reading.intervened:
+                info = replace(info, intervened=reading.intervened)
             given.append((site.name, attention.with_site(info)))
         return given
+
+    def _with_values(self, attention: Attention) -> Attention:
+        """With values if and only if they were asked for; verifying needs them too."""
+        if self._options.values and attention.value is None:
+            raise CaptureError(
+                "values=True needs the values that its weights are multiplied with, and which they "
+                "are is not known; leave out values=True, or this site"
+            )
+        drop = attention.value is not None and not self._options.values
+        return attention.replace(value=None) if drop else attention
 
     def _numbered(self, site: Site, number: int) -> Site:
         if number == 1:

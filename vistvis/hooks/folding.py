@@ -72,3 +72,13 @@ class Fold:
         if count >= 2:
             tensor = tensor.permute(*self.order, count, count + 1)
         return tensor.reshape(*self.shape, *tensor.shape[-2:])
+
+    def back(self, tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
+        """The reverse, to the leading dimensions that a tensor had."""
+        if not self.changes:
+            return tensor
+        sizes = [self.lead[dim] for dim in self.order]
+        tensor = tensor.reshape(*sizes, *tensor.shape[-2:])
+        places = [self.order.index(dim) for dim in range(len(sizes))]
+        tensor = tensor.permute(*places, len(sizes), len(sizes) + 1)
+        return tensor.reshape(*lead, *tensor.shape[-2:])

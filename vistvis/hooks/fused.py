@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vistvis.attention import Attention
 from vistvis.attention.rows import DENSE_LIMIT
 from vistvis.hooks.folding import UnreadableError
 from vistvis.hooks.indices import kept_function
@@ -60,7 +59,8 @@ def read_call(
         raise UnreadableError(approximate)
     arguments = _Arguments(kernel, args, kwargs)
     query, key, value = arguments.tensors()
-    for side, tensor in (("queries", query), ("keys", key)):
+    used = {"queries": query, "keys": key} | ({"values": value} if reader.keeping.values else {})
+    for side, tensor in used.items():
         if tensor.dtype.itemsize < 2:
             raise UnreadableError(f"its {side} are {tensor.dtype}: quantised, with scales apart")
     out = out[0] if isinstance(out, tuple) else out
@@ -74,17 +74,8 @@ def read_call(
         kept_function(function, reader.keeping) if function else None
         for function in (meaning.score_mod, meaning.mask_mod)
     ]
-    attention = Attention(
-        query=plain.query,
-        key=plain.key,
-        scale=plain.scale,
-        mask=plain.mask,
-        causal=plain.causal,
-        segments=meaning.segments,
-        score_mod=mods[0],
-        mask_mod=mods[1],
-    )
-    return Reading(attention, found.source, found.value, found.output)
+    attention = plain.replace(segments=meaning.segments, score_mod=mods[0], mask_mod=mods[1])
+    return Reading(attention, found.source, found.output)
 
 
 class _Arguments:

@@ -166,13 +166,20 @@ def _combined(
     """The parts put together by `cat`, which works along some dimensions; on one set of `keys`."""
     parts = _attentions(readings)
     first = parts[0]
+    for part in parts:
+        part.check_unwritten()
 
-    def values(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    def whole(tensors: Sequence[Tensor | None]) -> Tensor | None:
         held = [tensor for tensor in tensors if tensor is not None]
         return cat(held) if len(held) == len(tensors) else None
 
+    if keys:  # on one set of values too, or which are meant is not known
+        value = first.value if all(part.value is first.value for part in parts) else None
+    else:
+        value = whole([part.value for part in parts])
     if first.weights is not None:
-        attention = Attention.from_weights(cat([p.weights for p in parts if p.weights is not None]))
+        weights = cat([part.weights for part in parts if part.weights is not None])
+        attention = Attention.from_weights(weights, value=value)
     else:
         if len({(str(part.scale), part.causal, part.mask is None) for part in parts}) > 1:
             raise UnreadableError(f"its {len(parts)} kernel calls are not alike")
@@ -183,10 +190,9 @@ def _combined(
             mask=_mask(parts, cat, along),
             causal=first.causal,
             segments=segments,
+            value=value,
         )
-    value = readings[0].value if keys else values([one.value for one in readings])
-    output = values([one.output for one in readings])
-    return Reading(attention, readings[0].source, value, output)
+    return Reading(attention, readings[0].source, whole([one.output for one in readings]))
 
 
 def _mask(

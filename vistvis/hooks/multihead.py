@@ -45,7 +45,7 @@ class _Namespace:
         return getattr(self._base, name)
 
 
-def _relinked(function: Any, module: Any, **replaced: Any) -> Any:
+def relinked(function: Any, module: Any, **replaced: Any) -> Any:
     """The same code, with some of its module's names looked up elsewhere."""
     names = {**module.__dict__, **replaced}
     made = FunctionType(
@@ -76,16 +76,16 @@ class MultiheadReader:
             _transformer_encoder_layer_fwd=self._encoder_layer,
         )
         if original.__func__ is nn.TransformerEncoderLayer.forward:
-            made = _relinked(original.__func__, transformer, torch=native)
+            made = relinked(original.__func__, transformer, torch=native)
         else:
             functions = _Namespace(F, multi_head_attention_forward=self.multi_head_attention)
-            made = _relinked(original.__func__, activation, torch=native, F=functions)
+            made = relinked(original.__func__, activation, torch=native, F=functions)
         return made(original.__self__, *args, **kwargs)
 
     def multi_head_attention(self, *args: Any, **kwargs: Any) -> Any:
         """`F.multi_head_attention_forward`, recorded."""
         self._heads = kwargs["num_heads"] if "num_heads" in kwargs else args[4]
-        made = _relinked(
+        made = relinked(
             MULTIHEAD_FORWARD,
             F,
             scaled_dot_product_attention=self._sdpa,
@@ -138,7 +138,7 @@ class MultiheadReader:
     def _projected(
         self, x: Tensor, weight: Tensor, bias: Tensor, heads: int, mask: Any, kind: Any
     ) -> Reading:
-        """Queries and keys of the fused kernels, which don't show theirs: projected again."""
+        """Queries, keys and values of fused kernels, which don't show theirs: projected again."""
         keys: Tensor | None = None
         if x.is_nested:
             lengths = torch.tensor([len(one) for one in x.unbind()], device=x.device)
@@ -148,20 +148,22 @@ class MultiheadReader:
             keys = real[:, None, None, :] & real[:, None, :, None]
         elif mask is not None:
             keys = _native_mask(mask, kind)
-        width = x.shape[-1]
-        both = F.linear(x, weight[: 2 * width], bias[: 2 * width])
-        query, key = rearrange(both, "b n (two h d) -> two b h n d", two=2, h=heads)
-        device = self.keeping.device
-        attention = Attention(
-            query=keep(query, None, device),
-            key=keep(key, None, device),
-            mask=None if keys is None else self.keeping.mask(keys, None),
-        )
-        if self.keeping.values:
+        if self.keeping.outputs:
             raise UnreadableError(
-                "verify=True can't see the values inside PyTorch's fused native kernel; call "
-                "torch.backends.mha.set_fastpath_enabled(False) to verify"
+                "verify=True can't see what PyTorch's fused native kernel gives before its "
+                "projection; call torch.backends.mha.set_fastpath_enabled(False) to verify"
             )
+        parts = 3 if self.keeping.values else 2
+        rows = parts * x.shape[-1]
+        made = F.linear(x, weight[:rows], bias[:rows])
+        made = rearrange(made, "b n (parts h d) -> parts b h n d", parts=parts, h=heads)
+        query, key, *value = (keep(one, None, self.keeping.device) for one in made)
+        attention = Attention(
+            query=query,
+            key=key,
+            mask=None if keys is None else self.keeping.mask(keys, None),
+            value=value[0] if value else None,
+        )
         return Reading(attention, "module")
 
     def _record(self, read: Callable[[], Reading]) -> None:

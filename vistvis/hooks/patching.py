@@ -28,12 +28,14 @@ class Listener(NamedTuple):
     """What wraps one module's method, as long as its owner is there and open.
 
     `run` is called in place of the method, with the owner, the method and its arguments;
-    `compiled`, without the owner, where Dynamo traces it.
+    `compiled`, without the owner, where Dynamo traces it. `changes` says that it changes what the
+    method computes: it runs inside of all that only watch, which then see what was computed.
     """
 
     owner: weakref.ref[Any]
     run: Callable[..., Any]
     compiled: Callable[..., Any] | None = None
+    changes: bool = False
 
     @property
     def over(self) -> bool:
@@ -164,7 +166,7 @@ def _tidy(module: nn.Module) -> None:
 
 
 def _wrap(original: Forward, listener: Listener) -> Forward:
-    owner, run, compiled = listener
+    owner, run, compiled, _ = listener
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -183,12 +185,18 @@ def _wrap(original: Forward, listener: Listener) -> Forward:
 def attach(
     module: nn.Module, listener: Listener, *, method: str = "forward", inside: bool = False
 ) -> None:
-    """Put a listener around a method of one instance, and around or `inside` all others on it."""
+    """Put a listener around a method of one instance, and around or `inside` all others on it.
+
+    One that `changes` the method goes inside of all that don't, whatever came first.
+    """
     with _LOCK:
         # Past nn.Module.__setattr__, which would look for parameters.
         held = module.__dict__
         there = held.get(method)
-        patch = next((one for one in _patches(module) if one.forward is there), None)
+        ours = [one for one in _patches(module) if one.method == method]
+        patch = next((one for one in ours if one.forward is there), None)
+        if listener.changes and ours:
+            patch = ours[0]  # the innermost, whatever another tool has wrapped around it
         if patch is None:
             patch = _Patch(module, method)
             marks = held.get(_HELD)
@@ -198,4 +206,5 @@ def attach(
             held.update(marks.names)
             held[method] = patch.forward
         before = patch.listeners
-        patch.listen((listener, *before) if inside else (*before, listener))
+        order = (listener, *before) if inside else (*before, listener)
+        patch.listen(tuple(sorted(order, key=lambda one: not one.changes)))

@@ -89,13 +89,8 @@ class ProjectionTap:
                     f'source="projection" was asked for, but the kernel\'s {name} differs from the '
                     "projection (a rotary embedding?); use rope=False if that is meant"
                 )
-        return Attention(
-            query=query.to(kernel.query.dtype),
-            key=key.to(kernel.key.dtype),
-            scale=kernel.scale,
-            mask=kernel.mask,
-            causal=kernel.causal,
-        )
+        # Values are not rotated: they are the kernel's.
+        return kernel.replace(query=query.to(kernel.query.dtype), key=key.to(kernel.key.dtype))
 
     def _split(self, kernel: Attention) -> tuple[Tensor, Tensor]:
         batch, heads, queries, keys = kernel.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """One kernel call of one site: its weights, still lazy, and if asked for what verifies them.
+    """One kernel call of one site: its weights, still lazy, and if asked for what it returned.
 
     `lead` and `marks` tell calls that are parts of one: leading dimensions before they were folded,
     and where the queries and keys (of weights: the values) lay. `scores` are, for weights, which
@@ -48,12 +48,12 @@ class Reading:
 
     attention: Attention | None
     source: str
-    value: Tensor | None = None  # (B, h, Nk, dv)
     output: Tensor | None = None  # (B, h, Nq, dv)
     error: str = ""
     lead: tuple[int, ...] = ()
     marks: tuple[Mark, ...] = ()
     scores: tuple[object, bool] | None = None
+    intervened: str = ""  # what was changed on purpose, if something was
 
 
 @dataclass
@@ -77,8 +77,10 @@ class Notes:
             return reading
         if now.key is before.key or not _equal(now.key, before.key):
             return reading
-        arguments = {name: getattr(now, name) for name in ("query", "scale", "mask", "causal")}
-        return replace(reading, attention=Attention(key=before.key, **arguments))
+        shared = {"key": before.key}
+        if now.value is not None and before.value is not None and _equal(now.value, before.value):
+            shared["value"] = before.value
+        return replace(reading, attention=now.replace(**shared))
 
 
 class SdpaCall(NamedTuple):
@@ -100,6 +102,7 @@ class Keeping:
 
     device: str | None = None
     values: bool = False
+    outputs: bool = False
     masks: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def mask(self, mask: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -151,25 +154,25 @@ class KernelReader(NamedTuple):
             raise UnreadableError(
                 f"its mask {tuple(mask.shape)} has more dimensions than its query"
             )
+        value = None
+        if keeping.values:
+            value = call.value if call.enable_gqa else _led(call.value, query.shape[:-2])
+            value = keep(fold(value), autocast, keeping.device)
         attention = Attention(
             query=keep(fold(query), autocast, keeping.device),
             key=keep(fold(key), autocast, keeping.device),
             scale=float(scale),
             mask=None if mask is None else keeping.mask(mask, autocast),
             causal=call.is_causal,
+            value=value,
         )
-        reading = Reading(
+        return Reading(
             attention,
             "kernel",
+            None if out is None or not keeping.outputs else fold(out).detach(),
             lead=tuple(query.shape[:-2]),
             marks=(Mark.of(call.query), Mark.of(call.key)),
         )
-        if not keeping.values or out is None:
-            return reading
-        groups = call.query.shape[-3] // call.value.shape[-3] if call.enable_gqa else 1
-        value = call.value.repeat_interleave(groups, -3) if groups > 1 else call.value
-        value = fold(value.expand(*call.query.shape[:-2], *value.shape[-2:])).detach()
-        return replace(reading, value=value, output=fold(out).detach())
 
     def weights(
         self,
@@ -179,14 +182,14 @@ class KernelReader(NamedTuple):
         source: str = "softmax",
     ) -> Reading:
         """Weights `(…, Nq, Nk)` that eager code multiplies with its values."""
-        fold = self._fold(weights)
-        attention = Attention.from_weights(keep(fold(weights), None, self.keeping.device))
+        fold, keeping, lead = self._fold(weights), self.keeping, tuple(weights.shape[:-2])
         marks = () if value is None or value.ndim != weights.ndim else (Mark.of(value),)
-        reading = Reading(attention, source, lead=tuple(weights.shape[:-2]), marks=marks)
-        if not self.keeping.values or value is None or output is None:
-            return reading
-        value = value.expand(*weights.shape[:-2], *value.shape[-2:])
-        return replace(reading, value=fold(value).detach(), output=fold(output).detach())
+        kept = None
+        if keeping.values and value is not None:
+            kept = keep(fold(_led(value, lead)), None, keeping.device)
+        attention = Attention.from_weights(keep(fold(weights), None, keeping.device), value=kept)
+        out = None if output is None or not keeping.outputs else fold(output).detach()
+        return Reading(attention, source, out, lead=lead, marks=marks)
 
     def _fold(self, tensor: Tensor) -> Fold:
         return Fold.of(tuple(tensor.shape[:-2]), self.heads, self.batch, self.heads_at)
@@ -240,10 +243,21 @@ def _broadcast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Leading dimensions as the kernel broadcasts them; nothing is copied."""
     # Not torch.broadcast_shapes: its first call imports sympy, 36 MB and half a second.
     lead = np.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-    # One key head serves all query heads as it is.
-    single = len(lead) == 2 and key.shape[1] == 1 and key.shape[0] == lead[0]
-    keys = key if single else key.expand(*lead, *key.shape[-2:])
-    return query.expand(*lead, *query.shape[-2:]), keys
+    return query.expand(*lead, *query.shape[-2:]), _led(key, lead)
+
+
+def _led(tensor: Tensor, lead: Sequence[int]) -> Tensor:
+    """Keys or values as they meet weights of these leading dimensions; nothing is copied."""
+    # One head serves all query heads as it is.
+    if len(lead) == 2 and tensor.shape[:-2] == (lead[0], 1):
+        return tensor
+    try:
+        return tensor.expand(*lead, *tensor.shape[-2:])
+    except RuntimeError as error:
+        raise UnreadableError(
+            f"its values {tuple(tensor.shape)} are of more items than its weights, {tuple(lead)}; "
+            "leave out values=True (and verify=True)"
+        ) from error
 
 
 def _plain_mask(mask: Any) -> Tensor | None:

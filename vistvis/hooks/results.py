@@ -29,6 +29,7 @@ class Options:
     source: str | None = None
     rope: bool = True
     verify: bool = False
+    values: bool = False
     sink: Sink | None = None
     layout: TokenLayout | LayoutOf | Literal["trace"] | None = None
     discover: bool = False

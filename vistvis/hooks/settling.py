@@ -158,8 +158,6 @@ def _unpack_groups(reading: Reading, site: Site) -> Reading:
     mask = packed.mask
     if mask is not None and mask.shape[-2] == count:
         mask = spread(mask.expand(mask.shape[0], key_heads, count, mask.shape[-1]))
-    attention = Attention(query=spread(packed.query), key=packed.key, scale=packed.scale, mask=mask)
-    value, output = reading.value, reading.output
-    if value is not None and output is not None:
-        value, output = value.repeat_interleave(count, 1), spread(output)
-    return replace(reading, attention=attention, value=value, output=output)
+    attention = packed.replace(query=spread(packed.query), mask=mask)
+    output = None if reading.output is None else spread(reading.output)
+    return replace(reading, attention=attention, output=output)

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vistvis.hooks.changed import Change, changed_attention, changed_reading
 from vistvis.hooks.flow import PRODUCTS, SOFTMAX, Flow
 from vistvis.hooks.readings import SDPA, KernelReader, Notes, SdpaCall, autocast_dtype
 
-_WATCHED = frozenset({SDPA, F.multi_head_attention_forward, *PRODUCTS, *SOFTMAX})
+_WATCHED = frozenset({SDPA, changed_attention, F.multi_head_attention_forward, *PRODUCTS, *SOFTMAX})
 
 
 class KernelTap(TorchFunctionMode):
@@ -57,11 +58,21 @@ class KernelTap(TorchFunctionMode):
                     "kernel", lambda: sdpa(SdpaCall(*args, **kwargs), out, autocast_dtype(out))
                 )
             return out
+        if func is changed_attention:
+            return self._changed(*args)
         if func in self._instead and self._active():
             return self._instead[func](*args, **kwargs)
         out = func(*args, **kwargs)
         self._flow.follow(func, args, kwargs, out)
         return out
+
+    def _changed(self, call: SdpaCall, change: Change) -> Tensor:
+        """A call that an intervention has changed: read with what was changed of its weights."""
+        out = changed_attention(call, change.weighing)
+        if self._active():
+            reader, dtype = self._reader, autocast_dtype(out)
+            self._notes.take("kernel", lambda: changed_reading(reader, call, change, out, dtype))
+        return change.averaged(out)
 
 
 class PassBegan(NamedTuple):
@@ -92,9 +103,9 @@ Event = PassBegan | KernelRan | Hidden
 class CompiledTap(TorchFunctionMode):
     """Inside compiled code: only notes the kernel's arguments; they are read afterwards."""
 
-    def __init__(self, events: list[Event], site: str, values: bool) -> None:
+    def __init__(self, events: list[Event], site: str, values: bool, outputs: bool) -> None:
         super().__init__()
-        self.events, self.site, self.values = events, site, values
+        self.events, self.site, self.values, self.outputs = events, site, values, outputs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,9 +116,7 @@ class CompiledTap(TorchFunctionMode):
             # What it compiles for has autocast.
             kind = call.query.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            if self.values:
-                self.events.append(KernelRan(self.site, call, out, dtype))
-            else:  # values and output would be kept alive for nothing
+            if not self.values:  # they would be kept alive for nothing
                 call = call._replace(value=call.key)
-                self.events.append(KernelRan(self.site, call, None, dtype))
+            self.events.append(KernelRan(self.site, call, out if self.outputs else None, dtype))
         return out

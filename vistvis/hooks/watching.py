@@ -30,7 +30,7 @@ from vistvis.hooks.order import Orders
 from vistvis.hooks.patching import Forward, Listener, attach, clear
 from vistvis.hooks.projections import ProjectionTap
 from vistvis.hooks.readings import Keeping, KernelReader, Notes
-from vistvis.hooks.results import Options, Pass, Results
+from vistvis.hooks.results import LayoutOf, Options, Pass, Results
 from vistvis.hooks.settling import SiteRun
 from vistvis.hooks.steady import steadily
 from vistvis.hooks.tap import CompiledTap, Event, Hidden, KernelRan, KernelTap, PassBegan
@@ -76,7 +76,7 @@ class Watch:
     ) -> None:
         self._model, self._options, self._results = model, options, results
         self._sites = {site.name: site for site in sites}
-        self._keeping = Keeping(options.keep, options.verify)
+        self._keeping = Keeping(options.keep, options.values or options.verify, options.verify)
         self._state = _ThreadState()
         self.events: list[Event] = []
         """What compiled code noted and nobody has read yet."""
@@ -118,7 +118,7 @@ class Watch:
             return original(*args, **kwargs)
 
         self._listen(self._model, _of(Watch._run_pass, False), compiled)
-        for name in _entries(self._model):
+        for name in entries(self._model):
             self._listen(self._model, _of(Watch._run_pass, True), method=name)
         # Last, so that the listeners above meet the modules' own forwards.
         for owner, run, name in Orders.listeners(inner, list(self._sites.values())):
@@ -154,7 +154,7 @@ class Watch:
 
     def _compiled(self, site: Site) -> Callable[..., Any]:
         """What is noted of a site where Dynamo traces it."""
-        events, name, values = self.events, site.name, self._options.verify
+        events, name, keeping = self.events, site.name, self._keeping
         names = reached_names(site.module)
         # Wrapped kernels pass through compiled code unseen.
         wrapped = names & NAMES and "scaled_dot_product_attention" not in names
@@ -166,7 +166,7 @@ class Watch:
             if hidden:
                 events.append(Hidden(name))
                 return original(*args, **kwargs)
-            with CompiledTap(events, name, values):
+            with CompiledTap(events, name, keeping.values, keeping.outputs):
                 return original(*args, **kwargs)
 
         return compiled
@@ -371,16 +371,19 @@ class Watch:
 
     def _layout_of(self, args: Args, kwargs: Kwargs) -> TokenLayout | None:
         layout = self._options.layout
-        if isinstance(layout, TokenLayout):
-            return layout
-        if layout == "trace":
-            return None
-        try:
-            if callable(layout):
-                return layout(self._model, args, kwargs)
-            return layout_of_inputs(self._model, args, kwargs)
-        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
-            return None  # nothing is known of this model: weights are exact all the same
+        return None if layout == "trace" else layout_of_pass(self._model, layout, args, kwargs)
+
+
+def layout_of_pass(
+    model: nn.Module, layout: TokenLayout | LayoutOf | None, args: Args, kwargs: Kwargs
+) -> TokenLayout | None:
+    """The layout that was given for a pass, or what is known of the model; None if nothing is."""
+    if isinstance(layout, TokenLayout):
+        return layout
+    try:
+        return (layout or layout_of_inputs)(model, args, kwargs)
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
+        return None  # nothing is known of this model: weights are exact all the same
 
 
 def _of(run: Callable[..., Any], *what: Any) -> Callable[..., Any]:
@@ -406,7 +409,7 @@ def _notes_of(event: KernelRan | Hidden, site: Site, keeping: Keeping) -> Notes:
     return notes
 
 
-def _entries(model: nn.Module) -> list[str]:
+def entries(model: nn.Module) -> list[str]:
     """Methods that are ways into the model beside `forward`."""
     names = []
     for name in dir(type(model)):

@@ -1,9 +1,9 @@
 """`Attention` as tensors by name and facts beside them, and back: the one way it is stored.
 
-Queries and keys are kept as they are, with `mask`, `scale` and `segments` where there are such
-tensors; a number `scale` and `causal` are facts. Attention that was given as weights is one tensor,
-without facts. The orders of a site are tensors too. Files of a single site (`formats`) have the
-facts in their header, runs in their manifest.
+Queries and keys are kept as they are, with `value`, `mask`, `scale` and `segments` where there are
+such tensors; a number `scale` and `causal` are facts. Attention that was given as weights is that
+tensor, perhaps with `value`, without facts. The orders of a site are tensors too. Files of a single
+site (`formats`) have the facts in their header, runs in their manifest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HOLDINGS = {
         {"query", "key"},
         {"query", "key", "value", "mask", "scale", "segments", *_ORDERS, *_SUMS},
     ),
-    "weights": ({"weights"}, {"weights", *_ORDERS}),
+    "weights": ({"weights"}, {"weights", "value", *_ORDERS}),
 }
 
 
@@ -47,11 +47,14 @@ def tensors_of(attention: Attention) -> tuple[dict[str, Tensor], dict[str, Any]]
 
     `{"query": (B, h, Nq, d), "key": (B, h_k, Nk, d)}`, perhaps with a `mask` that broadcasts to
     `(B, h, Nq, Nk)`, a `scale` `(h,)` and `segments` `(n,)`, and the facts `scale` (None where it
-    is a tensor) and `causal`; or `{"weights": (B, h, Nq, Nk)}` and no facts. Either with the orders
-    of its site, `(M,)` or `(B, M)`, and `frame_order` `(B, S)`. `StoreError` as `check_storable`.
+    is a tensor) and `causal`; or `{"weights": (B, h, Nq, Nk)}` and no facts. Either with `value`
+    `(B, h_v, Nk, dv)` where that was kept, and the orders of its site, `(M,)` or `(B, M)`, and
+    `frame_order` `(B, S)`. `StoreError` as `check_storable`.
     """
     check_storable(attention)
     tensors = _order_tensors(attention.site)
+    if attention.value is not None:
+        tensors["value"] = attention.value
     if isinstance(attention, GivenWeights):
         return {"weights": attention.weights, **tensors}, {}
     tensors |= {"query": attention.query, "key": attention.key}
@@ -75,9 +78,9 @@ def attention_of(
     `row_max` and `row_sum` `(B, h, Nq)` are what `log_sum_exp` would compute; with them it need
     not. InputError if the tensors do not fit together.
     """
-    site = site and _with_orders(site, tensors)
+    site, value = site and _with_orders(site, tensors), tensors.get("value")
     if "query" not in tensors:
-        return Attention.from_weights(tensors["weights"], site=site)
+        return Attention.from_weights(tensors["weights"], value=value, site=site)
     attention = Attention(
         query=tensors["query"],
         key=tensors["key"],
@@ -85,6 +88,7 @@ def attention_of(
         mask=tensors.get("mask"),
         causal=bool(facts.get("causal")),
         segments=tensors.get("segments"),
+        value=value,
         site=site,
     )
     sums = [tensors[name] for name in _SUMS if name in tensors]

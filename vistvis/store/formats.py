@@ -5,7 +5,7 @@ A file's ending says its format:
     .pt .pth       torch, one plain tensor; mapped when read
     .npy           numpy; mapped when read; bfloat16 becomes float32
     .npz           numpy, one array; read whole; bfloat16 becomes float32
-    .safetensors   one tensor, or the queries and keys of an `Attention`; mapped when read
+    .safetensors   one tensor, or the queries, keys (and values) of an `Attention`; mapped
 
 Mapped means that opening costs nothing and only the rows that are asked for come from the disk.
 
@@ -91,10 +91,10 @@ def checked_format(file_name: str, what: str = "file_name") -> str:
 def write(value: Any, path: PathLike, *, max_bytes: int = DENSE_LIMIT) -> Path:
     """Write a tensor, an array or an `Attention`; the ending chooses the format.
 
-    An `Attention` keeps its queries and keys in `.safetensors`; elsewhere its dense weights are
-    written, if they take at most `max_bytes`, else DenseLimitError. The folder is made where it is
-    missing; the file is whole or not there. InputError for other values and endings, StoreError if
-    the disk is full, the folder read-only, and the like.
+    An `Attention` keeps its queries, keys and values in `.safetensors`; elsewhere its dense weights
+    are written, if they take at most `max_bytes`, else DenseLimitError. The folder is made where it
+    is missing; the file is whole or not there. InputError for other values and endings, StoreError
+    if the disk is full, the folder read-only, and the like.
     """
     target = checked_path(path)
     target = target.with_name(checked_format(target.name, "the file"))

@@ -248,8 +248,8 @@ def save_run(
     `captured` is any mapping of site names to `Attention`; other parameters and errors are those of
     `RunWriter`. After an error an earlier run in `path` is as it was. `progress` shows a bar.
 
-    Cost: the bytes of Q and K (and masks) once. No dense matrix is built, and nothing of the run
-    that is returned is in memory.
+    Cost: the bytes of Q and K (V and masks, if any) once. No dense matrix is built, and nothing of
+    the run that is returned is in memory.
     """
     names = _site_names(captured)
     if not names:

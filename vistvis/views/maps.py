@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from vistvis.attention import Attention, SiteInfo
-from vistvis.errors import CaptureError, IndexOutOfRange, InputError, LayoutError, SiteError
+from vistvis.errors import CaptureError, IndexOutOfRange, InputError, LayoutError
 from vistvis.images import image_tensor, to_rgb
-from vistvis.names import few, matches, suggestion
+from vistvis.names import few
 from vistvis.queries import parse_query
 from vistvis.tokens import TokenLayout, TokenPlace
 from vistvis.views.painting import as_array
@@ -159,24 +159,6 @@ def last_of(attention: Any) -> Attention:
     """A site's attention; of several passes (`accumulate=True`) the last one's."""
     one: Attention = attention[-1] if isinstance(attention, list) else attention
     return one
-
-
-def chosen_names(source: Mapping[str, Attention], sites: str | Sequence[str] | None) -> list[str]:
-    """The names that are meant, in the order of the source."""
-    every = list(source)
-    if not every:
-        raise InputError("there is no site to draw: the source is empty")
-    if sites is None:
-        return every
-    patterns = [sites] if isinstance(sites, str) else list(sites)
-    for pattern in patterns:
-        if not any(matches(pattern, name) for name in every):
-            hint = suggestion(pattern, every, otherwise=f"there are {few(every)}")
-            raise SiteError(f"no site {pattern!r}: {hint}")
-    chosen = [name for name in every if any(matches(pattern, name) for pattern in patterns)]
-    if not chosen:
-        raise SiteError(f"no sites were named; there are {few(every)}")
-    return chosen
 
 
 def layout_of(source: Mapping[str, Attention], names: Sequence[str], images: Any) -> TokenLayout:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 import numpy as np
 
 from vistvis.attention import Attention
+from vistvis.attention.site import chosen_names
 from vistvis.errors import CaptureError, IndexOutOfRange, InputError, LayoutError, VistvisWarning
 from vistvis.progress import progress as bar
 from vistvis.views.board import Board, draw_board
@@ -20,7 +21,6 @@ from vistvis.views.maps import (
     Query,
     Scene,
     SiteMaps,
-    chosen_names,
     last_of,
     layout_of,
     pictures_of,

@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from vistvis.attention import Attention
+from vistvis.attention.site import chosen_names
 from vistvis.errors import CaptureError, InputError, LayoutError, VistvisWarning
 from vistvis.images import image_tensor
 from vistvis.names import few
@@ -23,7 +24,7 @@ from vistvis.tokens import TokenLayout
 from vistvis.views.explorer.against import labels_of, shared_sites
 from vistvis.views.explorer.packing import pack_site, packed_bytes
 from vistvis.views.explorer.points import point_record
-from vistvis.views.maps import Scene, chosen_names, last_of, layout_of, pictures_of
+from vistvis.views.maps import Scene, last_of, layout_of, pictures_of
 
 # What a page takes without being asked, of queries and keys as they are packed.
 MOST_BYTES = 100_000_000
