@@ -161,11 +161,12 @@ def test_changes_lie_around_zero(summary: Summary) -> None:
 
 def test_a_logarithmic_scale_has_a_colour_for_nothing(summary: Summary) -> None:
     columns = dict(summary.columns)
-    columns["sinks"] = np.where(summary["head"] == 0, 0.0, 10.0 ** summary["head"])
+    columns["sinks"] = np.where(summary["head"] == 0, 0, 10 ** summary["head"])
     figure = site_head_map(Table(columns, keys=KEYS), "sinks", norm="log")
     image = figure.axes[0].images[0]
     assert not np.isnan(drawn(figure)["frame"]).any()
-    assert image.norm(image.get_array())[0].tolist() == pytest.approx([0, 0, 1])
+    assert image.norm(image.get_array())[0].tolist() == pytest.approx([0, 0.5, 1])
+    assert [text.get_text() for text in figure.axes[0].texts[:3]] == ["0", "10", "100"]
 
 
 @pytest.mark.parametrize(

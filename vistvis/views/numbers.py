@@ -83,7 +83,7 @@ def site_head_map(
         most = float(np.nanmax(np.abs(values))) or 1.0
         scale, colours = Normalize(-most, most), cmap or _CHANGE
     else:
-        scale, colours = normalizer(values, norm=norm), cmap or CMAP
+        scale, colours = _scale(values, norm), cmap or CMAP
     panels = [
         Panel(matrix, kind, names, [str(head) for head in range(matrix.shape[1])])
         for kind, (names, matrix) in kinds.items()
@@ -93,14 +93,15 @@ def site_head_map(
     items = len(np.unique(table["batch"]))
     said = ["mean over the batch"] if items > 1 else []
     said += ["grey: no number"] if np.isnan(values).any() else []
+    unit = table.units.get(column, "")
     return draw_panels(
         panels,
         normalizer=scale,
         cmap=colours,
         cell=(min(max(5.5 / cols, 0.17), 0.42), min(max(5.5 / rows, 0.125), 0.26)),
         title=title or _words(column),
-        note=" · ".join(["of every site and head", *said]),
-        unit=table.units.get(column, ""),
+        note=" · ".join([f"{unit}, of every site and head".removeprefix(", "), *said]),
+        unit=unit,
         across="head",
         width=width,
     )
@@ -166,7 +167,7 @@ def frame_matrices(
     side = side if len(shown) > 1 else min(2 * side, 0.42)
     return draw_panels(
         [Panel(matrix, head, *frames) for head, matrix in shown.items()],
-        normalizer=normalizer(values, norm=norm),
+        normalizer=_scale(values, norm),
         cmap=cmap,
         cell=(side, side),
         title=title or f"{site}: mass from frame to frame",
@@ -276,6 +277,14 @@ def similarity_map(
         across="" if result.of == "queries" else "number in the result",
         width=width,
     )
+
+
+def _scale(values: Matrix, norm: str) -> Normalize:
+    """As `painting.normalizer`; a log scale has two decades at least, so that its bar has words."""
+    scale = normalizer(values, norm=norm)
+    if norm == "log" and scale.vmin is not None and scale.vmax is not None:
+        scale.vmin = min(scale.vmin, scale.vmax / 100)
+    return scale
 
 
 def _words(column: str) -> str:

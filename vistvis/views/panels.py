@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import NullFormatter
 
 from vistvis.views.figures import (
     HAIRLINE,
@@ -113,6 +114,7 @@ def draw_panels(
         label=unit,
         short=unit.split()[0] if unit else "",
     )
+    bar.yaxis.set_minor_formatter(NullFormatter())  # of a log scale, wider than the space for it
     return figure
 
 
@@ -224,7 +226,8 @@ def _cells(
     letters = min(size - 0.5, cell[1] * 72 / 1.4)
     if form is None or letters < 5:
         return
-    texts = {(r, c): form.format(shown[r, c]) for r, c in np.argwhere(np.isfinite(panel.values))}
+    places = np.argwhere(np.isfinite(panel.values))
+    texts = {(row, col): form.format(panel.values[row, col]) for row, col in places}
     room = max((text_width(text, letters) for text in texts.values()), default=0.0)
     if room + 0.05 > cell[0]:
         return
@@ -240,10 +243,11 @@ def _every(count: int, step: float, need: float) -> range:
 
 
 def _form(values: NDArray[np.float64]) -> str:
-    """How numbers are written in cells: counts as they are, others in three digits."""
+    """How numbers are written in cells: counts as they are, others in two or three digits."""
     if not (values % 1).any():
         return "{:.0f}"
-    digits = 2 - math.floor(math.log10(np.abs(values).max()))
+    most = np.abs(values).max()
+    digits = 1 + (most >= 1) - math.floor(math.log10(most))
     return f"{{:{'+' * bool(values.min() < 0)}.{min(max(digits, 0), 5)}f}}"
 
 
