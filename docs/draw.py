@@ -49,7 +49,7 @@ def numbers() -> None:
     for one, place in ((heads, (0, 0)), (frames, (heads.width, 0)), (lines, (0, line))):
         sheet.paste(one, place)
     sheet.thumbnail((1200, 1200))
-    sheet.save(FOLDER / "numbers.png", optimize=True)
+    sheet.quantize(256).save(FOLDER / "numbers.png", optimize=True)
 
 
 def explorer(chromium: str) -> None:
