@@ -268,6 +268,7 @@ def test_curves_are_means_and_bands_of_the_dense_entropies(summary: Summary) -> 
         assert ends.min() == pytest.approx(wanted[block].min())
         assert ends.max() == pytest.approx(wanted[block].max())
     assert np.isnan(distance.lines[2].get_ydata()).all()
+    assert entropy.get_xlabel() == "block, or order of sites"  # of "odd"
     assert (entropy.get_ylabel(), distance.get_ylabel()) == ("nats", "patches")
     words = [text.get_text() for text in figure.texts]
     assert {"— frame", "— global", "— other"} <= set(words)
@@ -277,7 +278,10 @@ def test_sites_without_blocks_of_their_own_stand_in_their_order() -> None:
     lines = {"site": ["b", "a", "c"], "kind": ["self"] * 3, "batch": [0] * 3, "head": [0] * 3}
     for blocks in ([3, 3, 1], [0, -1, 1]):
         table = Table({**lines, "block": blocks, "x": [1.0, 2.0, 3.0]}, keys=KEYS)
-        (curve,) = over_depth(table, "x").axes[0].lines
+        (axes,) = over_depth(table, "x").axes
+        (curve,) = axes.lines
+        assert axes.get_xlabel() == "block, or order of sites"
+        assert axes.get_ylim() == pytest.approx((0, 3.18))  # nothing is cut off
         assert curve.get_xdata().tolist() == [0, 1, 2]
         assert curve.get_ydata().tolist() == [1, 2, 3]
 

@@ -113,6 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
             print("\n".join(lines_of(change, "_change")))
         pointing = _pointing(source.attention, _framed(summary))
         _write(arguments, source, summary, change, pointing)
+    if (arguments.model or "").endswith("@random"):
+        print("these weights are untrained: the numbers show the mechanism, not what was learned")
     site = pointing.site if pointing else str(summary["site"][-1])
     model = f" --model {shlex.quote(arguments.model)}" if arguments.model else ""
     words = f"{shlex.join(arguments.photos)}{model} --sites {shlex.quote(site)}"

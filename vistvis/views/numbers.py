@@ -197,7 +197,7 @@ def over_depth(
     if not names:
         raise InputError("no column to draw over depth: name one, such as 'entropy'")
     curves = {name: _by_kind(table, name) for name in names}
-    blocks = _depths(table)
+    blocks, along = _depths(table)
     kinds = list(blocks)
     ends = min(map(min, blocks.values())), max(map(max, blocks.values()))
     large, small = (11.0, 8.5) if width is None else (9.0, 7.0)
@@ -234,11 +234,11 @@ def over_depth(
         unit = table.units.get(name, "")
         axes.set_title(_words(name), fontsize=small, loc="left", pad=3, color=INK)
         axes.set_ylabel(unit, fontsize=small, labelpad=2, color=QUIET)
-        axes.set_xlabel("block", fontsize=small, labelpad=1.5, color=QUIET)
+        axes.set_xlabel(along, fontsize=small, labelpad=1.5, color=QUIET)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
         axes.set_xlim(ends[0] - 0.4, ends[1] + 0.4)
-        if not name.endswith("_change"):
-            axes.set_ylim(bottom=0)
+        if axes.dataLim.y0 >= 0:
+            axes.set_ylim(0, 1.06 * axes.dataLim.y1 or 1.0)
         axes.tick_params(labelsize=small - 1, length=2.5, width=0.5, color=QUIET, labelcolor=INK)
         axes.grid(color=HAIRLINE, linewidth=0.4)
         axes.spines[["top", "right"]].set_visible(False)
@@ -318,16 +318,20 @@ def _by_kind(table: Table, column: str) -> Mapping[str, tuple[list[str], Matrix]
     return out
 
 
-def _depths(table: Table) -> Mapping[str, list[int]]:
-    """By kind the number of each site's block; their order where they have none of their own."""
-    out = {}
+def _depths(table: Table) -> tuple[Mapping[str, list[int]], str]:
+    """By kind the number of each site's block, and what to call it.
+
+    Where the sites of a kind have no numbers of their own, it is their order.
+    """
+    out, along = {}, "block"
     for kind in dict.fromkeys(table["kind"].tolist()):
         part = table.where(kind=kind)
         of = dict(zip(part["site"].tolist(), part["block"].tolist(), strict=True))
         numbers = [int(block) for block in of.values()]
-        plain = min(numbers) < 0 or len(set(numbers)) < len(numbers)
-        out[kind] = [*range(len(numbers))] if plain else numbers
-    return out
+        if min(numbers) < 0 or len(set(numbers)) < len(numbers):
+            numbers, along = [*range(len(numbers))], "block, or order of sites"
+        out[kind] = numbers
+    return out, along
 
 
 def _curve(axes: Axes, blocks: Sequence[int], values: Matrix, colour: str) -> None:
