@@ -16,6 +16,7 @@ from torch import Tensor
 import vistvis
 from vistvis import Attention, SiteInfo, TokenLayout
 from vistvis.analysis import Summary, Table, correspondence, similarity
+from vistvis.analysis.likeness import Similarity
 from vistvis.errors import IndexOutOfRange, InputError
 from vistvis.views.figures import NotebookFigure
 from vistvis.views.matches import match_lines
@@ -410,6 +411,13 @@ def synthetic(sites: int, heads: int, frames: int) -> Summary:
     return made
 
 
+def alike(count: int) -> Similarity:
+    """As many heads, each like itself alone."""
+    order = torch.arange(count)
+    names = tuple(f"blocks.{n}.attn head 0" for n in range(count))
+    return Similarity(torch.eye(count).double(), names, order, order[:9], "heads", "cosine")
+
+
 @pytest.mark.parametrize("width", [None, "column"])
 @pytest.mark.parametrize("sizes", [(24, 16, 8), (2, 4, 4), (1, 1, 2)])
 def test_every_name_can_be_read(sizes: tuple[int, int, int], width: str | None) -> None:
@@ -419,6 +427,7 @@ def test_every_name_can_be_read(sizes: tuple[int, int, int], width: str | None) 
         site_head_map(given, width=width),
         frame_matrices(given, site="global_block_0", width=width),
         over_depth(given, "entropy", width=width),
+        similarity_map(alike(12 * sizes[0]), width=width),
     ):
         figure.draw_without_rendering()
         inches = {None: figure.get_figwidth(), "column": 3.35}[width]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from PIL import Image
 from zoo import VGGTLike, store_scene
 
 import vistvis
-from vistvis import cli
+from vistvis import SiteInfo, TokenLayout, cli
 from vistvis.commands import stats
+from vistvis.views import matches
 
 SAMPLES = sorted((Path(__file__).parents[1] / "vggt_adapter" / "samples").glob("view_*.jpg"))
 DRAWN = {"entropy.png", "distance.png", "sinks.png", "depth.png"}
@@ -153,6 +155,36 @@ def test_a_run_without_pictures(
     vistvis.save_run(captured, tmp_path / "other", images=images[:, :2])
     assert cli.main(["stats", str(tmp_path / "other"), "--out", str(tmp_path / "out")]) == 0
     assert "no matches drawn: the sites saw 3 frames, images have 2" in capsys.readouterr().out
+
+
+def test_the_head_that_points_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two sites with three heads each one points: the other are even, or point and not back."""
+    layout = TokenLayout(2, (2, 3))
+    even = torch.full((1, 3, 12, 12), 1 / 12)
+    lost, pointing = even.clone(), even.clone()
+    lost[:, 0] = torch.eye(12)[[6] * 6 + [5] * 6]  # all point at one patch, which leads elsewhere
+    pointing[:, 1] = 0.7 * torch.eye(12)[[*range(6, 12), *range(6)]] + 0.3 / 12
+    info = {"kind": "global", "query_layout": layout, "key_layout": layout}
+    sites = {
+        name: vistvis.Attention.from_weights(weights, site=SiteInfo(name, **info))
+        for name, weights in {"a": lost, "b": pointing}.items()
+    }
+    vistvis.save_run(sites, tmp_path / "run", images=torch.rand(2, 3, 28, 42))
+    drawn: dict[str, Any] = {}
+    draw = matches.match_lines
+
+    def match_lines(*args: Any, **options: Any) -> Any:
+        drawn.update(options, found=args[2])
+        return draw(*args, **options)
+
+    monkeypatch.setattr(matches, "match_lines", match_lines)
+    assert cli.main(["stats", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert "matches_b.png" in files(tmp_path / "out")
+    assert drawn["head"] == 1
+    assert drawn["found"].confidence[0, 1].tolist() == pytest.approx([0.725 / 0.85] * 6)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("--sites b   (point at a patch of it)")
 
 
 def test_sites_that_say_nothing_of_their_tokens(

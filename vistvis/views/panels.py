@@ -35,9 +35,9 @@ MISSING = "#b4b4ba"
 """The grey of cells that have no number."""
 
 # Inches: edge, between panels, colour bar and the space it takes, a figure whose width is left to
-# us, labels of rows at most, the narrowest cell that numbers its column, and the bar's height.
+# us, labels of rows at most, the narrowest cell, and the bar's height.
 _EDGE, _GAP, _BAR, _BAR_SPACE = 0.12, 0.18, 0.13, 0.78
-_WIDE, _LONGEST, _LEAST, _HIGHEST, _LOWEST = 9.6, 1.9, 0.04, 3.0, 0.9
+_WIDE, _LONGEST, _LEAST, _HIGHEST, _LOWEST = 9.6, 1.9, 0.002, 3.0, 0.9
 # Numbers stand in the cells of figures with so many at most.
 _WRITTEN = 400
 
