@@ -298,10 +298,12 @@ def test_what_it_says_of_itself() -> None:
     assert attention.nbytes == (2 * 4 * 7 * 8 + 2 * 2 * 7 * 8) * 4
     attention.log_sum_exp()
     assert attention.nbytes == (2 * 4 * 7 * 8 + 2 * 2 * 7 * 8 + 2 * 2 * 4 * 7) * 4
-    text = repr(attention.with_site(SiteInfo("global_block_3", rope=False)))
+    site = SiteInfo("global_block_3", rope=False, intervened="head 0 zero")
+    text = repr(attention.with_site(site))
     assert "'global_block_3'" in text
     assert "2 key heads" in text
     assert "WITHOUT rope" in text
+    assert "INTERVENED: head 0 zero" in text
 
 
 def test_half_precision_computes_in_float32() -> None:

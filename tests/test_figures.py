@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,9 @@ def test_what_the_title_says() -> None:
     images = pictures(2, (3, 5))
     title = texts(visualize_attention_on_image(attention, images, 9))[0]
     assert title == "Global attention · block 7 · head 0 · taken before RoPE"
+    changed = attention.with_site(replace(attention.site, rope=None, intervened="head 0 zero"))
+    title = texts(visualize_attention_on_image(changed, images, 9))[0]
+    assert title == "Global attention · block 7 · head 0 · intervened: head 0 zero"
     plain = visualize_attention_on_image(attention.dense(), images, 9, block_idx=21)
     assert texts(plain)[0] == "Global attention · block 21 · head 0"
     unnamed = visualize_attention_on_image(attention.dense(), images, 9, "max")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,20 @@ def test_without_a_truth_the_undisturbed_matches_take_its_place(
     assert table.sites == ["frame_block_0", "global_block_0"]
     assert [one.head for one in table.knockouts] == [0, 1, 0, 1]
     assert min(one.rates.tokens for one in table.knockouts) < 1.0
+
+
+def test_groups_are_knocked_out_together(
+    model: VGGT, images: Tensor, truth: Truth, table: KnockoutTable
+) -> None:
+    def groups(own: Mapping[tuple[str, int], float]) -> Any:
+        assert own[table.pointing] == table.undisturbed.pointing
+        both = [("global_block_0", 0), ("global_block_0", 1)]
+        return {"one": [("global_block_0", 1)], "block": both, "frames": [("frame_block_3", 0)]}
+
+    grouped = knockout_table(model, images, truth=truth, sites="global_block_0", groups=groups)
+    assert grouped.groups["one"] == grouped.knockouts[1].rates
+    assert grouped.groups["frames"] == table.knockouts[12].rates
+    assert grouped.groups["block"] not in [one.rates for one in grouped.knockouts]
 
 
 def test_a_table_as_text(table: KnockoutTable) -> None:

@@ -399,6 +399,8 @@ def _title_lines(values: QueryValues, block_idx: int | None, *, untrained: bool)
     title.append(values.head_text)
     if site is not None and site.rope is False:
         title.append("taken before RoPE")
+    if site is not None and site.intervened:
+        title.append(f"intervened: {site.intervened}")
     if values.merged:
         title.append("merged tokens")
     if untrained:

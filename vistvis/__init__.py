@@ -74,12 +74,16 @@ _LAZY = {
     "vistvis.views.plot": ("plot",),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
+# Wings that are used by their own names: `vistvis.analysis.entropy`.
+_WINGS = ("analysis", "recipes")
 
 # `from vistvis import *` loads them all, and with the figures matplotlib.
-__all__ = sorted([*_HOME, "state"])
+__all__ = sorted([*_HOME, *_WINGS, "state"])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _WINGS:
+        return importlib.import_module(f"vistvis.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

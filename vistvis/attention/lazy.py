@@ -160,6 +160,8 @@ class Attention(LazyRows):
         parts += [name for name in ("score_mod", "mask_mod") if getattr(self, name)]
         if self.site and self.site.rope is False:
             parts.append("WITHOUT rope")
+        if self.site and self.site.intervened:
+            parts.append(f"INTERVENED: {self.site.intervened}")
         held, dense = bytes_text(self.nbytes), bytes_text(self._bytes_of(self.shape))
         return f"Attention({', '.join(parts)}; holds {held}, dense would be {dense})"
 

@@ -39,6 +39,12 @@ class Cut:
         return self.heads is None or head in self.heads
 
     @property
+    def hides(self) -> bool:
+        """Whether some query has less to see."""
+        rows, columns = (torch.unique(side) for side in (self.queries, self.keys))
+        return not bool(self.sees[rows][:, columns].all())
+
+    @property
     def segments(self) -> Tensor | None:
         """The starts of blocks of tokens that see only themselves, if that is what it is."""
         same = torch.equal(self.queries, self.keys) and bool((self.keys.diff() >= 0).all())
@@ -238,13 +244,8 @@ def changed_reading(
         scale = torch.as_tensor(plain.scale, dtype=torch.float64, device=plain.device)
         parts["scale"] = scale.expand(len(uniform)).masked_fill(uniform[:, 0, 0], 0.0)
     if parts:
-        reading = replace(reading, attention=_remade(plain, **parts))
+        reading = replace(reading, attention=plain.replace(**parts))
     return replace(reading, intervened=change.text)
-
-
-def _remade(attention: Attention, **parts: Any) -> Attention:
-    names = ("query", "key", "scale", "mask", "causal", "segments", "score_mod", "mask_mod")
-    return Attention(**{**{name: getattr(attention, name) for name in names}, **parts})
 
 
 def _seen(change: Change, plain: Attention) -> dict[str, Any]:

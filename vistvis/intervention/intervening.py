@@ -295,16 +295,18 @@ class Intervention:
         layout = self._state.layout
         info = site_info(site, shape, source="kernel", rope=None, layout=layout, window=None)
         if placing is not None:
-            sides = [placing.queries, *([placing.keys] if placing.keys else [])]
-            lost = layout is not None and any(side.lost for side in sides)
-            merged = shape[2] == shape[3] < placing.count
+            before, info = info, placing.onto(info, shape)
+            merged = shape[0] == placing.batch and shape[2] == shape[3] < placing.count
+            lost = any(
+                getattr(before, side) is not None and getattr(info, side) is None
+                for side in ("query_layout", "key_layout")
+            )
             if lost or merged:
                 raise SiteError(
                     f"the tokens of site {site.name!r} were {'merged' if merged else 'moved'} "
                     "before its kernel got them, and a cut needs to know which is which; switch "
                     "that off in the model"
                 )
-            info = placing.onto(info, shape)
         self._cuts[known] = self._plan.cuts(info, *shape[2:])
         return self._cuts[known]
 

@@ -25,9 +25,6 @@ from vistvis.models.sites import Chooser, SiteList, choose_sites, find_sites
 from vistvis.progress import progress as bar
 from vistvis.tokens import TokenLayout
 
-# A patch counts as found where the match lies in it or in one beside it; what lies on the border
-# of two belongs to both. As in the card of the bundled model.
-_WITHIN = 1.5
 # The number of a patch that is far from all others.
 _NOWHERE = -(10**6)
 
@@ -36,7 +33,7 @@ Groups: TypeAlias = Callable[[Mapping[Head, float]], Mapping[str, Sequence[Head]
 
 
 class Rates(NamedTuple):
-    """Shares of patches, 0…1, that were matched within one patch."""
+    """Shares of patches, 0…1, whose match lies where it should, or near enough."""
 
     tokens: float
     """By the nearest token (cosine) of the last global block in the other frame."""
@@ -130,6 +127,7 @@ def knockout_table(
     mode: Mode = "uniform",
     sites: Chooser = None,
     truth: Truth | None = None,
+    within: float = 1.0,
     groups: Groups | None = None,
     layout: TokenLayout | None = None,
     max_bytes: int | None = None,
@@ -151,6 +149,10 @@ def knockout_table(
     truth
         Where patches truly lie. None: the matches of the undisturbed tokens take its place, and
         rates say how many of those are left.
+    within
+        How many patches off a match may lie, the larger of rows and columns, counted from the edge
+        of the patch: 1 is in it or one beside it, 0.001 in it, as «within one» and «exact» in the
+        card of the bundled model.
     groups
         Heads that are knocked out together, by a name of the group: a function of how often each
         head of a global block points right by itself, `{(site, head): rate}`.
@@ -161,7 +163,7 @@ def knockout_table(
         only on a terminal.
 
     For each head: the share of patches whose nearest token, by cosine similarity of the last global
-    block's output, among the patches of another frame is within one patch of where it should be;
+    block's output, among the patches of another frame lies where it should;
     the same of the strongest patch in the rows of the head that points best; and once, undisturbed,
     of each head of a global block by itself. A measure of this kind, and knock-outs of heads of
     VGGT: arXiv 2512.11508.
@@ -192,10 +194,10 @@ def knockout_table(
         matches = _matches(truth, nearest, found)
 
         def share(best: Tensor) -> float:
-            """Of patches `(B, S, S, P)`, the share that lies within one patch of the match."""
+            """Of patches `(B, S, S, P)`, the share that lies near enough to the match."""
             places = torch.stack([best // found.grid[1], best % found.grid[1]], -1)
             off = (places - matches.places.to(best.device)).abs().amax(-1)
-            return float(((off <= _WITHIN) & visible).sum() / visible.sum())
+            return float(((off <= within + 0.5) & visible).sum() / visible.sum())
 
         visible = matches.visible.to(nearest.device)
         own = {

@@ -113,7 +113,7 @@ class Plan:
             cuts.append(Cut(*hidden, torch.tensor([[True], [False]]), heads))
         if self.within_frame and not (info.frames_in_batch or info.kind == "frame"):
             cuts.append(_within_frames(rows.frames(), columns.frames(), heads))
-        return tuple(cuts)
+        return tuple(cut for cut in cuts if cut.hides)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +135,9 @@ class Side:
         here = torch.isin(wanted, numbers)
         if not bool(here.all()):
             missing = int(wanted[~here][0])
-            seen = f"0…{self.count - 1}" if self.order is None else f"{self.count} of the layout's"
+            kept = f"0…{self.count - 1}" if self.order is None else f"{self.count} of its layout"
             raise IndexOutOfRange(
-                f"site {self.info.name!r} has {self.name} tokens {seen}, got {missing}"
+                f"site {self.info.name!r} has {self.name} tokens {kept}, and not {missing}"
             )
         return torch.isin(numbers, wanted).long()
 
