@@ -1,4 +1,4 @@
-"""Draw the README's pictures and the page to try: what `vistvis demo` and `vistvis explore` show.
+"""Draw the README's pictures and the page to try: what `vistvis demo`, `explore` and `stats` show.
 
 Run it from anywhere. The explorer's picture needs Chromium with its driver and selenium, and is
 left as it was without.
@@ -29,10 +29,27 @@ def main() -> None:
     answer = ask(model, loaded, place, Query(requested, head), block_idx=block)
     for kind, figure in answer.draw(pictures=loaded.sharp()).items():
         figure.save(FOLDER / f"demo_{kind}.jpg", dpi=110)
+    numbers()
     page = ("--out", str(FOLDER.parent / "demo.html"), "--no-open")
     cli.main(["explore", *map(str, sample_views()), *page])
     if chromium := shutil.which("chromium"):
         explorer(chromium)
+
+
+def numbers() -> None:
+    """Three of the pictures of `vistvis stats` on one sheet."""
+    with tempfile.TemporaryDirectory() as folder:
+        views = map(str, sample_views())
+        cli.main(["stats", *views, "--sites", "*_block_*", "--out", folder])
+        names = ("entropy", "frames_global_block_3", "matches_global_block_3")
+        heads, frames, lines = (Image.open(Path(folder, f"{n}.png")).convert("RGB") for n in names)
+    line = max(heads.height, frames.height)
+    size = max(heads.width + frames.width, lines.width), line + lines.height
+    sheet = Image.new("RGB", size, "white")
+    for one, place in ((heads, (0, 0)), (frames, (heads.width, 0)), (lines, (0, line))):
+        sheet.paste(one, place)
+    sheet.thumbnail((1200, 1200))
+    sheet.quantize(256).save(FOLDER / "numbers.png", optimize=True)
 
 
 def explorer(chromium: str) -> None:

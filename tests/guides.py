@@ -48,6 +48,20 @@ from vggt_adapter import VGGT, load_and_preprocess_images
 model = VGGT.tiny()
 images = load_and_preprocess_images(["a.jpg", "b.jpg", "c.jpg"], size=224)
 """
+# The same captured, and once more with a head less.
+_CAPTURED = f"""{_PHOTOS}
+import vistvis
+from vistvis.models.loading import load
+loaded = load("vggt:tiny", images=["a.jpg", "b.jpg", "c.jpg"])
+images, names = loaded.pictures, loaded.names
+with vistvis.capture(loaded.watched, "*_blocks.**", names=names) as captured:
+    loaded.model(loaded.images)
+with (
+    vistvis.intervene(loaded.model, "frame_block_2", heads=[1], mode="zero"),
+    vistvis.capture(loaded.watched, "*_blocks.**", names=names) as other,
+):
+    loaded.model(loaded.images)
+"""
 _RUN = f"""{_MODEL}
 import vistvis
 from vggt_adapter import AttentionExtractor
@@ -116,6 +130,7 @@ PAGES = {
         replaced={'"blocks.11.attn"': '"aggregator.global_blocks.3.attn"'},
         before={"import vistvis": _MODEL},
     ),
+    "docs/numbers.md": Page(before={"import vistvis": _CAPTURED}),
 }
 
 # The guides of the earlier tools: run where someone has them.

@@ -102,6 +102,13 @@ OTHERS = [
     ("grid {missing} -m vggt:tiny", "no file '{missing}'"),
     ("pdf {folder} --dpi 0", "--dpi: "),
     ("info {run} --older-than never", "--older-than: "),
+    ("stats", "arguments are required: PHOTO"),
+    ("stats {missing}", "no file '{missing}'"),
+    ("stats {run} {photo}", "one run or photographs are summarized, got {run} among 2"),
+    ("stats {run} --model vggt:tiny", "--model goes with photographs"),
+    ("stats {photo} --against {folder}", "no run in {folder}"),
+    ("stats {photo} --table xlsx", "--table: one of csv, parquet, npz is meant, got 'xlsx'"),
+    ("stats {photo} --out {photo}", "--out: {photo} is a file"),
 ]
 
 

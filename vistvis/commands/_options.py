@@ -21,6 +21,8 @@ from vistvis.names import harmless
 from vistvis.queries import TokenQuery, parse_query
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vistvis.models.loading import LoadedModel
     from vistvis.photos.photo import Photo, SeenPhoto
     from vistvis.views.figures import NotebookFigure
@@ -291,6 +293,19 @@ def is_run(text: str) -> bool:
         return False
 
 
+def run_among(texts: Sequence[str], model: str | None, *, done: str) -> str | None:
+    """The stored run that is meant, or None where these are photographs; InputError for both.
+
+    `done` is what the command does, for the message.
+    """
+    stored = next((text for text in texts if is_run(text)), None)
+    if stored is not None and len(texts) > 1:
+        raise InputError(f"one run or photographs are {done}, got {stored} among {len(texts)}")
+    if stored is not None and model:
+        raise InputError("--model goes with photographs; a run holds what its model gave")
+    return stored
+
+
 def photos_of(texts: Sequence[str], arguments: argparse.Namespace) -> list[Photo]:
     """The photos that are meant, judged before a model is loaded; prints what is to be told."""
     from vistvis.photos.finding import find_photos
@@ -338,6 +353,17 @@ def write_movie(
 def files_in(folder: Path) -> set[Path]:
     """What a folder holds, which pictures of the same names replace."""
     return set(folder.iterdir()) if folder.is_dir() else set()
+
+
+def sharp_pictures(loaded: LoadedModel) -> Tensor:
+    """What the model saw, `(B, S, 3, H, W)`, with more pixels where there are more."""
+    import torch
+
+    sharp = loaded.sharp()
+    if sharp is None:
+        return loaded.pictures
+    pixels = torch.from_numpy(sharp).permute(0, 3, 1, 2)
+    return pixels.reshape(*loaded.pictures.shape[:2], *pixels.shape[1:])
 
 
 def check_head(head: int | str, heads: int | None) -> None:

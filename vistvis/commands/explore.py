@@ -83,15 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.serve:
         folder = arguments.folder
         check_page(folder / "index.html" if folder else arguments.out)
-    stored = next((text for text in photos if _options.is_run(text)), None)
+    stored = _options.run_among(photos, arguments.model, done="shown")
     if stored is None:
         if arguments.against:
             raise InputError("--against goes with a run; store the photographs: vistvis store")
         return _of_photos(arguments)
-    if len(photos) > 1:
-        raise InputError(f"one run or photographs are shown, got {stored} among {len(photos)}")
-    if arguments.model:
-        raise InputError("--model goes with photographs; a run holds what its model gave")
     return _of_run(arguments)
 
 
@@ -122,23 +118,12 @@ def _of_photos(arguments: argparse.Namespace) -> int:
     return _show(
         arguments,
         captured,
-        images=_pictures(loaded),
+        images=_options.sharp_pictures(loaded),
         names=[photo.name for photo in loaded.photos] or None,
         title=model_title(model),
         start=_start(loaded),
         **loaded.scene,
     )
-
-
-def _pictures(loaded: LoadedModel) -> Any:
-    """What the model saw, with more pixels where there are more."""
-    import torch
-
-    sharp = loaded.sharp()
-    if sharp is None:
-        return loaded.pictures
-    pixels = torch.from_numpy(sharp).permute(0, 3, 1, 2)
-    return pixels.reshape(*loaded.pictures.shape[:2], *pixels.shape[1:])
 
 
 def _suggested(loaded: LoadedModel) -> list[str]:

@@ -69,16 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw, and print where."""
     query = arguments.query
     arguments.heads = "all" if "all" in arguments.head else arguments.head
-    photos = arguments.photos
-    stored = next((text for text in photos if _options.is_run(text)), None)
-    if stored is None:
-        figure, more = _of_photos(arguments)
-    elif len(photos) > 1:
-        raise InputError(f"one run or photographs are drawn, got {stored} among {len(photos)}")
-    elif arguments.model:
-        raise InputError("--model goes with photographs; a run holds what its model gave")
-    else:
-        figure, more = _of_run(arguments)
+    stored = _options.run_among(arguments.photos, arguments.model, done="drawn")
+    figure, more = _of_photos(arguments) if stored is None else _of_run(arguments)
     for path in _paths(arguments, query.text if query else "middle"):
         print(f"wrote {figure.save(path)}")
     print(f"next: {more}")

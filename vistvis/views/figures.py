@@ -240,9 +240,19 @@ def mark_query(axes: Axes, box: Sequence[float], *, clip_on: bool = False) -> Re
 
 
 def colour_bar(
-    axes: Axes, *, normalizer: Normalize, cmap: str | Colormap, clipped: bool, size: float
+    axes: Axes,
+    *,
+    normalizer: Normalize,
+    cmap: str | Colormap,
+    clipped: bool,
+    size: float,
+    label: str = "attention weight",
+    short: str = "weight",
 ) -> None:
-    """Fill axes with the bar of a scale of weights; an arrow says that some lie above it."""
+    """Fill axes with the bar of a scale; an arrow says that some lie above it.
+
+    The label is what the numbers are, `short` the same where that does not fit.
+    """
     width, height = axes.get_window_extent().size
     bar = axes.figure.colorbar(
         ScalarMappable(norm=normalizer, cmap=colour_map(cmap)),
@@ -252,11 +262,10 @@ def colour_bar(
     )
     bar.outline.set(color=QUIET, linewidth=0.5)
     logarithmic = axes.get_yscale() == "log"
-    label = "attention weight"
     fits = text_width(label, size) <= height / axes.figure.dpi
-    bar.set_label(label if fits else "weight", fontsize=size)
+    bar.set_label(label if fits else short, fontsize=size)
     axes.tick_params(labelsize=size - 0.5, length=2.5, width=0.5, color=QUIET, labelcolor=INK)
-    axes.tick_params(which="minor", length=1.5, width=0.4, color=QUIET)
+    axes.tick_params(which="minor", length=1.5, width=0.4, color=QUIET, labelsize=size - 0.5)
     if not logarithmic:
         few = max(2, min(8, int(height / axes.figure.dpi / 0.2)))
         bar.locator = MaxNLocator(few, steps=[1, 2, 2.5, 5, 10])

@@ -190,7 +190,7 @@ def _draw_sites(
     look: Look,
 ) -> NotebookFigure:
     """What `plot` draws of what was computed."""
-    columns = _heads(look.heads, max(one.num_heads for one in found))
+    columns = chosen_heads(look.heads, max(one.num_heads for one in found))
     maps = [{head: one.of(head) for head in columns} for one in found]
     shown = _frames(look.frames, [tiles for row in maps for tiles in row.values()], scene)
     count, names = scene.layout.frames, look.names
@@ -297,7 +297,7 @@ def _head(head: Head) -> str:
     return "mean" if head == "mean" else f"head {head}"
 
 
-def _heads(heads: Heads, count: int) -> list[Head]:
+def chosen_heads(heads: Heads, count: int) -> list[Head]:
     """The heads that are meant, of `count`."""
     if heads is None or (isinstance(heads, str) and heads == "all"):
         return [*range(count), *(["mean"] if count > 1 else [])]
