@@ -187,6 +187,19 @@ def test_the_head_that_points_is_drawn(
     assert capsys.readouterr().out.splitlines()[-1].endswith("--sites b   (point at a patch of it)")
 
 
+def test_frames_that_come_one_by_one(tmp_path: Path) -> None:
+    """With cached keys the queries of frame 0 are those of a later picture: no pair is known."""
+    one, both = TokenLayout(1, (2, 3)), TokenLayout(2, (2, 3))
+    weights = (0.9 * torch.eye(12)[6:] + 0.1 / 12)[None, None]
+    options = {"kind": "global", "query_layout": one, "key_layout": both}
+    site = SiteInfo("second", first_frame=1, **options)
+    made = {"second": vistvis.Attention.from_weights(weights, site=site)}
+    vistvis.save_run(made, tmp_path / "run", images=torch.rand(2, 3, 28, 42))
+    assert cli.main(["stats", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert "frames_second.png" in files(tmp_path / "out")
+    assert not [name for name in files(tmp_path / "out") if name.startswith("matches")]
+
+
 def test_sites_that_say_nothing_of_their_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,8 +179,7 @@ def lines_of(table: Table, suffix: str = "") -> list[str]:
 def _framed(summary: Summary) -> list[str]:
     """Sites whose queries see keys of several frames, in the order of the model."""
     frames = summary.frames
-    mixed = frames["site"][frames["key_frame"] > 0].tolist()
-    return list(dict.fromkeys(mixed))
+    return list(dict.fromkeys(frames["site"][frames["key_frame"] > 0].tolist()))
 
 
 @dataclass(frozen=True)
@@ -199,8 +198,12 @@ def _pointing(attention: Mapping[str, Attention], framed: Sequence[str]) -> _Poi
 
     best, most = None, 0.0
     for name in progress(framed, "matching", unit="site", shown=None, delay=2):
+        a = attention[name]
+        # With cached keys, frame 0 of the queries is another picture than that of the keys.
+        if a.site is None or a.site.first_frame:
+            continue
         try:
-            found = correspondence(attention[name], 0, 1, batch=0)
+            found = correspondence(a, 0, 1, batch=0)
         except (LayoutError, InputError):  # not these frames, or negative weights
             continue
         sure = (found.confidence * found.mass * (found.cycle <= _BACK)).nan_to_num()
