@@ -17,6 +17,8 @@ from vistvis.progress import progress as bar
 # Logits that are no larger need no maximum taken off: their exponentials are far from the ends of
 # float32, and in the entropy they lose no more than 40 eps.
 _SMALL = 40.0
+# Larger than blocks elsewhere: there are some twenty short steps for each, which then cost less.
+_BLOCK = 16 * 2**20
 
 
 @dataclass(eq=False)
@@ -78,14 +80,17 @@ def walk(
     max_bytes: int | None = None,
     progress: bool = False,
 ) -> Iterator[Rows]:
-    """All rows in blocks, as in `Attention.row_blocks`, with what else is asked for."""
+    """All rows in blocks of `max_bytes` (default 16 MiB), with what else is asked for.
+
+    Overwrites what it gave before; memory of two blocks.
+    """
     a = a.detach()
-    parts = a._parts((ALL, ALL, ALL), max_bytes)
+    parts = a._parts((ALL, ALL, ALL), _BLOCK if max_bytes is None else max_bytes)
     by_logits = a._plain and a.shape[3] > 0
     # Two buffers serve all blocks: pages of new ones would cost as much as the arithmetic.
     largest = max((math.prod(_sizes(index)) for index, _ in parts), default=0) * a.shape[3]
     buffers = torch.empty(2, largest if by_logits else 0, dtype=a.dtype, device=a.device)
-    bound = _largest(a) if by_logits else 0.0
+    bounds = _largest(a) if by_logits else torch.zeros(a.shape[:2])
     for index, part in bar(parts, "rows of attention", shown=progress, delay=0.5):
         a.check_unwritten()
         box = (*part, ALL)
@@ -93,6 +98,7 @@ def walk(
             shape = (*_sizes(index), a.shape[3])
             logits, room = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
             # No product can overflow, or be NaN, below the bound: then nobody has to look.
+            bound = float(bounds[index[:2]].max())
             finite = bound < torch.finfo(a.dtype).max
             logits = a._logits(box, logits, finite=finite)
             yield _by_logits(index, logits, room, bound < _SMALL, strongest, entropy)
@@ -100,10 +106,12 @@ def walk(
             yield _by_weights(index, a._block(box), strongest, entropy)
 
 
-def _largest(a: Attention) -> float:
-    """What no |logit| exceeds: |q·k| ≤ |q|·|k|. NaN where a query or key is not finite."""
-    query, key = (float(t.to(a.dtype).norm(dim=-1).max()) for t in (a.query, a.key))
-    return query * key * float(torch.as_tensor(a.scale).abs().max())
+def _largest(a: Attention) -> Tensor:
+    """What no |logit| of a head exceeds, `(B, h)`: |q·k| ≤ |q|·|k|. NaN where one is not finite."""
+    query, key = (t.to(a.dtype).norm(dim=-1).amax(-1) for t in (a.query, a.key))
+    scale = torch.as_tensor(a.scale, device=a.device).abs()
+    bounds: Tensor = query * key.repeat_interleave(a.groups, 1) * scale
+    return bounds
 
 
 def _sizes(index: Block) -> tuple[int, ...]:
