@@ -9,6 +9,7 @@ from typing import Literal, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
+from vistvis.analysis.walk import Buffers, walk
 from vistvis.attention import Attention
 from vistvis.attention.arithmetic import rows_at_once
 from vistvis.attention.checks import describe
@@ -93,9 +94,18 @@ def rollout(
     scenes, count = _sizes(blocks)
     shares = torch.zeros(scenes, count, dtype=torch.float64)
     shares[:, _token(query, frame, count, blocks)] = 1
+    buffers = Buffers()
     for _, block in bar(blocks[::-1], "rollout", shown=progress, delay=0.5):
         batch, tokens = block.shape[0], block.shape[2]
         shares = shares.to(block.device).reshape(batch, tokens)
+        if fusion == "mean" and not discard and block._plain and bool((shares != 0).all()):
+            # Rows and their mean over heads sum to 1: no row has to be fused, or divided.
+            handed = torch.zeros_like(shares)
+            for part in walk(block, buffers=buffers, max_bytes=max_bytes):
+                of, _, own = part.index
+                handed[of] += part.columns(shares[of, None, own]).sum(1) / block.shape[1]
+            shares = (residual * shares + (1 - residual) * handed).reshape(scenes, count)
+            continue
         behind = torch.zeros_like(shares)
         row_bytes = block.shape[1] * tokens * block.dtype.itemsize
         step = rows_at_once(block.shape[1] * tokens, block.dtype, max_bytes)

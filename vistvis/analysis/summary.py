@@ -14,7 +14,7 @@ from vistvis.analysis.layouts import Distances, FrameSums, Masses
 from vistvis.analysis.places import Side
 from vistvis.analysis.rows import sinks_among
 from vistvis.analysis.table import Column, Table, stacked
-from vistvis.analysis.walk import walk
+from vistvis.analysis.walk import Buffers, walk
 from vistvis.attention import Attention
 from vistvis.attention.site import chosen_names
 from vistvis.errors import InputError, LayoutError
@@ -131,9 +131,10 @@ def summarize(
         raise InputError(f"of= is a tuple of {', '.join(OF)}; got {of!r}; {hint}".rstrip("; "))
     chosen = dict(_chosen(captured, sites))
     total = sum(a.shape[0] * a.shape[1] * a.shape[2] for a in chosen.values())
+    buffers = Buffers()
     with bar(None, "summary", shown=progress, unit=" rows", total=total, delay=0.5) as moving:
         numbers = [
-            _numbers(name, a, set(of), times, max_bytes, moving.update)
+            _numbers(name, a, set(of), times, buffers, max_bytes, moving.update)
             for name, a in chosen.items()
         ]
     return Summary._of(numbers, queries)
@@ -249,7 +250,13 @@ class _Numbers:
 
 
 def _numbers(
-    name: str, a: Attention, of: set[str], times: float, max_bytes: int | None, moved: Any
+    name: str,
+    a: Attention,
+    of: set[str],
+    times: float,
+    buffers: Buffers,
+    max_bytes: int | None,
+    moved: Any,
 ) -> _Numbers:
     """One walk over the rows of one site."""
     out = _Numbers(name, a, times)
@@ -267,7 +274,7 @@ def _numbers(
         sizes = (*a.shape[:2], a.shape[3])
         out.received = torch.zeros(sizes, dtype=torch.float64, device=a.device)
     wanted = {"strongest": "strongest" in of, "entropy": "entropy" in of}
-    for rows in walk(a, **wanted, max_bytes=max_bytes):
+    for rows in walk(a, **wanted, buffers=buffers, max_bytes=max_bytes):
         if masses is not None:  # first: it knows the sums of rows
             kinds, frames = masses.of(rows)
             by_query("special_mass", kinds.sum(-1), rows)

@@ -67,9 +67,29 @@ class Rows:
         room = self.room.view(-1)[: values.numel()].view(values.shape)
         return torch.mul(values, factors, out=room).sum(-1)
 
-    def columns(self) -> Tensor:
-        """What each key gets from these queries, `(b, h, Nk)` float64."""
-        return (self.total.reciprocal()[..., None, :] @ self.values)[..., 0, :].double()
+    def columns(self, shares: Tensor | None = None) -> Tensor:
+        """What each key gets from these queries, `(b, h, Nk)` float64.
+
+        With `shares` that broadcast to `(b, h, q)`, of a query that has so much to give.
+        """
+        parts = self.total.reciprocal()
+        if shares is not None:
+            parts = parts * shares.to(parts.dtype)
+        return (parts[..., None, :] @ self.values)[..., 0, :].double()
+
+
+class Buffers:
+    """Two blocks of rows, kept from walk to walk: new pages cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(2, 0)
+
+    def take(self, count: int, like: Attention) -> Tensor:
+        """Room for `(2, count)` numbers at least, of the attention's dtype and on its device."""
+        held = self._held
+        if held.dtype != like.dtype or held.device != like.device or held.shape[1] < count:
+            held = self._held = torch.empty(2, count, dtype=like.dtype, device=like.device)
+        return held
 
 
 def walk(
@@ -77,6 +97,7 @@ def walk(
     *,
     strongest: bool = False,
     entropy: bool = False,
+    buffers: Buffers | None = None,
     max_bytes: int | None = None,
     progress: bool = False,
 ) -> Iterator[Rows]:
@@ -87,16 +108,15 @@ def walk(
     a = a.detach()
     parts = a._parts((ALL, ALL, ALL), _BLOCK if max_bytes is None else max_bytes)
     by_logits = a._plain and a.shape[3] > 0
-    # Two buffers serve all blocks: pages of new ones would cost as much as the arithmetic.
     largest = max((math.prod(_sizes(index)) for index, _ in parts), default=0) * a.shape[3]
-    buffers = torch.empty(2, largest if by_logits else 0, dtype=a.dtype, device=a.device)
+    pair = (buffers or Buffers()).take(largest if by_logits else 0, a)
     bounds = _largest(a) if by_logits else torch.zeros(a.shape[:2])
     for index, part in bar(parts, "rows of attention", shown=progress, delay=0.5):
         a.check_unwritten()
         box = (*part, ALL)
         if by_logits:
             shape = (*_sizes(index), a.shape[3])
-            logits, room = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+            logits, room = (buffer[: math.prod(shape)].view(shape) for buffer in pair)
             # No product can overflow, or be NaN, below the bound: then nobody has to look.
             bound = float(bounds[index[:2]].max())
             finite = bound < torch.finfo(a.dtype).max
