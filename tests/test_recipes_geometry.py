@@ -144,14 +144,14 @@ def test_figures_of_rates_and_of_losses(small: tuple[VGGT, Tensor, Truth]) -> No
     model, images, truth = small
     result = vggt_geometry.knockout(model, images, truth=truth, count=2)
     figure = vggt_geometry.figure(result)
-    cells = [text.get_text() for text in figure.axes[0].texts]
+    cells = [text.get_text() for text in figure.axes[4].texts]
     own = {(one.site, one.head): one.own for one in result.table.knockouts}
     assert cells == [f"{100 * rate:.0f}" for rate in own.values()]
-    lost = result.table.undisturbed.tokens - result.table.knockouts[5].rates.tokens
+    change = result.table.knockouts[5].rates.tokens - result.table.undisturbed.tokens
     drawn = figure.axes[0].images[0].get_array()
-    assert drawn[1, 1] == pytest.approx(100 * lost, abs=1e-4)
+    assert drawn[1, 1] == pytest.approx(100 * change, abs=1e-4)
     note = figure.texts[1].get_text().replace("\n", " ")
-    assert "best of one block (2 heads)" in note
+    assert "best of one block (of 2) " in note
     generator = torch.Generator().manual_seed(1)
     one = attention(*torch.randn(2, 1, 2, 3 * P, 16, generator=generator), 7)
     rates = vggt_geometry.match_rate(one, 0, 1, matches(torch.arange(20)), within=2)

@@ -12,7 +12,6 @@ from vistvis.errors import InputError
 
 if TYPE_CHECKING:
     from vistvis.intervention import KnockoutTable, Truth
-    from vistvis.views.figures import NotebookFigure
 
 HELP = "knock out every head of a VGGT in turn, and see how much worse its tokens match"
 MODES = ("uniform", "zero", "mean")
@@ -64,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
 
     from vistvis.intervention import knockout_table
+    from vistvis.recipes.vggt_geometry import knockout_figure
 
     table = knockout_table(
         loaded.model,
@@ -77,7 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.out)
     there = _options.files_in(folder)
     stem = folder / f"knockout_{table.mode}"
-    figure = _draw(table, f"{arguments.model}, {len(photos)} views")
+    figure = knockout_figure(
+        table,
+        title=f"Knock-outs ({table.mode}), {arguments.model}, {len(photos)} views",
+        note=f"{table.counted} matches within one patch, {_source(table)}.",
+    )
     written = figure.save_as(stem, arguments.format)
     with atomic_file(Path(f"{stem}.csv"), sync=False) as file:
         file.write(table.to_csv().encode())
@@ -120,40 +124,3 @@ def _line(name: str, rates: Any, plain: Any) -> str:
 
 def _source(table: KnockoutTable) -> str:
     return "true ones" if table.truth else "those of the undisturbed tokens"
-
-
-def _draw(table: KnockoutTable, what: str) -> NotebookFigure:
-    from vistvis.views.head_table import HeadTable, head_tables
-
-    site, head = table.pointing
-    plain = table.undisturbed
-    points, alone = "percentage points", 100 * table.within_frames.tokens
-    return head_tables(
-        [
-            HeadTable(
-                f"token matches: {100 * plain.tokens:.1f} % undisturbed, change",
-                100 * table.grid(lambda one: one.rates.tokens - plain.tokens),
-                points,
-                "{:+.1f}",
-                changes=True,
-            ),
-            HeadTable(
-                f"pointing head ({site}, head {head}): {100 * plain.pointing:.1f} %, change",
-                100 * table.grid(lambda one: one.rates.pointing - plain.pointing),
-                points,
-                "{:+.1f}",
-                changes=True,
-            ),
-            HeadTable(
-                "how often each head itself points right, undisturbed",
-                100 * table.grid(lambda one: one.own),
-                "per cent of patches",
-            ),
-        ],
-        sites=table.sites,
-        title=f"Knock-outs ({table.mode}), {what}",
-        note=(
-            f"{table.counted} matches within one patch, {_source(table)}. Columns are heads. Where "
-            f"no global block sees another frame, tokens match {alone:.1f} %."
-        ),
-    )

@@ -106,17 +106,16 @@ def kinds(
 
 def figure(result: Kinds, *, batch: int = 0) -> NotebookFigure:
     """Site by head: how much the strongest key draws, and what it is where it is a sink."""
-    from vistvis.recipes.drawing import table
+    from vistvis.views.head_table import HeadTable, head_tables
 
-    return table(
+    drawn = HeadTable(
+        "mean weight on the strongest key",
         result.mass[:, batch],
-        rows=result.sites,
-        columns=[str(head) for head in range(result.mass.shape[2])],
-        title="What sinks do (Attention sinks)",
-        note=result.label,
-        unit="mean weight on the strongest key",
-        marks=[scene[batch] for scene in result.kinds],
+        "share of a row",
+        texts=[scene[batch] for scene in result.kinds],
     )
+    title = "What sinks do (Attention sinks)"
+    return head_tables([drawn], sites=result.sites, title=title, note=result.label)
 
 
 def _kind(share: float, ratio: float, routed: float, negligible: float, full: float) -> str:

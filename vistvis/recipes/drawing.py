@@ -1,4 +1,4 @@
-"""The figures of recipes: maps of views, lines over blocks, tables. They get numbers and words."""
+"""The figures of recipes: maps of views, and lines over blocks. They get numbers and words."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from vistvis.views.figures import (
     QUIET,
     NotebookFigure,
     image_axes,
-    shorten,
     text_height,
-    text_width,
     wrap,
 )
 from vistvis.views.painting import ALPHA, CMAP, as_array, colour_map, lay_over, normalizer, resize
@@ -95,46 +93,14 @@ def lines(
     return figure
 
 
-def table(
-    values: Tensor,
-    *,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    title: str,
-    note: str,
-    unit: str,
-    marks: Sequence[Sequence[str]] | None = None,
-) -> NotebookFigure:
-    """A table of numbers `(R, C)` in colours, with a short text in each cell where there is one."""
-    cells = as_array(values)
-    height, width = max(0.22 * len(cells), 0.3), max(0.34 * cells.shape[1], 1.2)
-    names = [shorten(name, _LEFT, _SMALL) for name in rows]
-    left = _EDGE + max(text_width(name, _SMALL) for name in names) + 0.08
-    figure, top = _page(max(left + width + _EDGE, 3.6), height + 0.8, title, note)
-    axes = figure.add_box(left, top + 0.2, width, height)
-    scale = normalizer(cells, norm="linear")
-    axes.imshow(cells, norm=scale, cmap=colour_map(CMAP), aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, fontsize=_SMALL)
-    axes.set_yticks(range(len(rows)), names, fontsize=_SMALL)
-    axes.xaxis.tick_top()
-    _quiet(axes)
-    for row, texts in enumerate(marks or ()):
-        for col, text in enumerate(texts):
-            dark = float(scale(cells[row, col])) < 0.6
-            style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 5.5}
-            axes.text(col, row, text, color="white" if dark else INK, **style)
-    _bar(figure, _EDGE, top + 0.3 + height, scale, unit)
-    return figure
-
-
 def _page(width: float, height: float, title: str, note: str) -> tuple[NotebookFigure, float]:
     """A figure with its title and note, `height` of space below; where that begins, in inches."""
     inner = width - 2 * _EDGE
-    heading, small = wrap(title, inner, _TITLE), wrap(note, inner, _SMALL)
+    heading, small = wrap(title, inner, _TITLE, weight="bold"), wrap(note, inner, _SMALL)
     below = _EDGE + text_height(heading, _TITLE) + 0.03
     top = below + text_height(small, _SMALL) + 0.06
     figure = NotebookFigure(figsize=(width, top + height), dpi=_DPI)
-    figure.write(_EDGE, _EDGE, heading, size=_TITLE, color=INK)
+    figure.write(_EDGE, _EDGE, heading, size=_TITLE, color=INK, fontweight="bold")
     figure.write(_EDGE, below, small, size=_SMALL, color=QUIET)
     return figure, top
 

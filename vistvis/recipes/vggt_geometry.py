@@ -177,38 +177,61 @@ def knockout(
 
 
 def figure(result: MatchRates | Knockouts, *, batch: int = 0) -> NotebookFigure:
-    """Block by head: how often each points right, or what its knock-out costs.
-
-    Of knock-outs the cells say how often the head points right by itself, in per cent.
-    """
-    from vistvis.recipes.drawing import table
+    """Block by head: how often each points right, and what its knock-out costs."""
+    from vistvis.views.head_table import HeadTable, head_tables
 
     if isinstance(result, MatchRates):
-        rates = 100 * result.rate[:, batch]
-        return table(
-            rates,
-            rows=[f"global block {number}" for number in result.blocks],
-            columns=[str(head) for head in range(rates.shape[1])],
+        rates = HeadTable("right matches", 100 * result.rate[:, batch], "per cent of patches")
+        return head_tables(
+            [rates],
+            sites=[f"global block {number}" for number in result.blocks],
             title="Heads that match (geometric understanding of VGGT)",
             note=result.label,
-            unit="right matches, %",
-            marks=[[f"{rate:.0f}" for rate in row] for row in rates.tolist()],
         )
-    made, plain = result.table, result.table.undisturbed.tokens
-    own = made.grid(lambda one: 100 * one.own)
+    plain = result.table.undisturbed.tokens
     together = "; ".join(
-        f"{name} ({len(result.groups[name])} heads) {100 * (rates.tokens - plain):+.1f}"
-        for name, rates in made.groups.items()
-    )
-    return table(
-        made.grid(lambda one: 100 * (plain - one.rates.tokens)),
-        rows=made.sites,
-        columns=[str(head) for head in range(own.shape[1])],
+        f"{name} (of {len(result.groups[name])}) {100 * (rates.tokens - plain):+.1f}"
+        for name, rates in result.table.groups.items()
+    ).replace("-", "−")
+    return knockout_figure(
+        result.table,
         title="What knock-outs cost (geometric understanding of VGGT)",
-        note=f"{result.label}. Undisturbed {100 * plain:.1f} %; together: {together} points",
-        unit="matches lost, percentage points",
-        marks=[["" if rate != rate else f"{rate:.0f}" for rate in row] for row in own.tolist()],
+        note=f"{result.label}. Together: {together} points.",
     )
+
+
+def knockout_figure(table: KnockoutTable, *, title: str, note: str) -> NotebookFigure:
+    """Site by head: the change of both rates, and how often each head itself points right."""
+    from vistvis.views.head_table import HeadTable, head_tables
+
+    (site, head), plain = table.pointing, table.undisturbed
+    points = "percentage points"
+    drawn = [
+        HeadTable(
+            f"token matches: {100 * plain.tokens:.1f} % undisturbed, change",
+            100 * table.grid(lambda one: one.rates.tokens - plain.tokens),
+            points,
+            "{:+.1f}",
+            changes=True,
+        ),
+        HeadTable(
+            f"pointing head ({site}, head {head}): {100 * plain.pointing:.1f} %, change",
+            100 * table.grid(lambda one: one.rates.pointing - plain.pointing),
+            points,
+            "{:+.1f}",
+            changes=True,
+        ),
+        HeadTable(
+            "how often each head itself points right, undisturbed",
+            100 * table.grid(lambda one: one.own),
+            "per cent of patches",
+        ),
+    ]
+    note = (
+        f"{note} Columns are heads. Where no global block sees another frame, tokens match "
+        f"{100 * table.within_frames.tokens:.1f} %."
+    )
+    return head_tables(drawn, sites=table.sites, title=title, note=note)
 
 
 def _groups(own: Mapping[Head, float], count: int, seed: int) -> dict[str, tuple[Head, ...]]:

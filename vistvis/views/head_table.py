@@ -21,7 +21,7 @@ from vistvis.views.figures import (
     text_width,
     wrap,
 )
-from vistvis.views.painting import as_array, colour_map
+from vistvis.views.painting import CMAP, as_array, colour_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +39,8 @@ _LEAST = 1.9
 class HeadTable(NamedTuple):
     """One table: `values` `(sites, heads)`, NaN where there is no number.
 
-    `form` writes a number into its cell; changes are coloured from a middle of 0, others from the
-    least to the largest.
+    `form` writes a number into its cell, unless `texts` has the words of all cells; changes are
+    coloured from a middle of 0, others from the least to the largest.
     """
 
     title: str
@@ -48,6 +48,7 @@ class HeadTable(NamedTuple):
     unit: str
     form: str = "{:.0f}"
     changes: bool = False
+    texts: Sequence[Sequence[str]] | None = None
 
 
 def head_tables(
@@ -66,6 +67,8 @@ def head_tables(
     heads = grids[0].shape[1]
     texts = [
         [table.form.format(v).replace("-", "−") for v in grid.flat]
+        if table.texts is None
+        else [text for line in table.texts for text in line]
         for table, grid in zip(tables, grids, strict=True)
     ]
     cell = max(0.3, *(text_width(text, _CELL) + 0.1 for some in texts for text in some))
@@ -101,7 +104,7 @@ def _scale(grid: NDArray[np.float32], *, changes: bool) -> tuple[Normalize, Colo
     if changes:
         most = max(-low, high) or 1.0
         return Normalize(-most, most), colour_map("RdBu").with_extremes(bad=HAIRLINE)
-    cmap = colour_map("viridis").with_extremes(bad=HAIRLINE)
+    cmap = colour_map(CMAP).with_extremes(bad=HAIRLINE)
     return Normalize(low, high if high > low else low + 1.0), cmap
 
 
