@@ -426,6 +426,15 @@ def test_a_run_is_written_while_the_model_runs(model: VGGT, images: Tensor, tmp_
         assert stored[name].site == attention.site
 
 
+def test_values_are_kept_where_they_are_asked_for(model: VGGT, images: Tensor) -> None:
+    with AttentionExtractor(model) as extractor, Kernel() as kernel:
+        extractor.register_hooks(values=True)
+        model(images)
+    for attention, (_, _, value, _) in zip(extractor.captured.values(), kernel.calls, strict=False):
+        assert attention.value is not None
+        assert torch.equal(attention.value, value)
+
+
 def test_keep_cpu(model: VGGT, images: Tensor) -> None:
     with AttentionExtractor(model) as extractor:
         extractor.register_hooks(keep="cpu")

@@ -66,6 +66,7 @@ class AttentionExtractor:
         accumulate: bool = False,
         keep: Literal["cpu"] | None = None,
         dense: bool = False,
+        values: bool = False,
         sink: Sink | None = None,
     ) -> AttentionExtractor:
         """Watch blocks from the next forward pass on; earlier hooks of this extractor go first.
@@ -90,6 +91,8 @@ class AttentionExtractor:
         dense
             `get_attention_maps` gives plain tensors, under the limit of `Attention.dense`, in place
             of lazy ones.
+        values
+            Keep V too, as `Attention.value`.
         sink
             Called with `(block name, attention)` as soon as a block has run, in place of keeping
             it: a `vistvis.RunWriter` stores blocks while the model runs on.
@@ -98,7 +101,8 @@ class AttentionExtractor:
         of Q and K, `2 · B·S·P·C` numbers a block.
         """
         chosen = chosen_blocks(self.blocks, block_indices, attention_types)
-        self._watch(chosen, dense, rope=rope, accumulate=accumulate, keep=keep, sink=sink)
+        options = {"rope": rope, "accumulate": accumulate, "keep": keep, "values": values}
+        self._watch(chosen, dense, **options, sink=sink)
         return self
 
     def _watch(self, blocks: Sequence[Block], dense: bool, **options: Any) -> None:
