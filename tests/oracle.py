@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistvis import Attention
+
 
 def softmax_of(
     query: Tensor,
@@ -41,6 +43,19 @@ def softmax_of(
         logits = logits + shift.double()
     exps = (logits - logits.amax(-1, keepdim=True).clamp_min(-1e300)).exp()
     return exps / exps.sum(-1, keepdim=True).clamp_min(1e-300)
+
+
+def dense_of(a: Attention, *, also: Tensor | None = None) -> Tensor:
+    """What an `Attention` stands for, in float64; `also` is a bool mask that it has besides."""
+    if a.weights is not None:
+        return a.weights.double()
+    seen = torch.ones(a.shape, dtype=torch.bool) if also is None else also.expand(a.shape)
+    if a.mask is not None:
+        seen = seen & a.mask
+    if a.segments is not None:
+        of = torch.searchsorted(a.segments, torch.arange(a.shape[2]), right=True)
+        seen = seen & (of[:, None] == of[None])
+    return softmax_of(a.query, a.key, mask=seen, causal=a.causal, scale=a.scale)  # type: ignore[arg-type]
 
 
 def record_inputs(

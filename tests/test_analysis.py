@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import dense_of
 from torch import Tensor
 
 from vistvis import Attention, SiteInfo, TokenLayout, TokenOrder, WindowInfo, open_run, save_run
@@ -72,23 +73,6 @@ def a(request: pytest.FixtureRequest, tmp_path: Path) -> Attention:
 SIZES = pytest.mark.parametrize("max_bytes", [1, 2000, None])
 
 
-def dense(a: Attention) -> Tensor:
-    """Another witness: torch's softmax over logits of its own, in float64."""
-    if a.weights is not None:
-        return a.weights.double()
-    query, key = a.query.double(), a.key.double().repeat_interleave(a.groups, 1)
-    logits = query @ key.mT * a.scale
-    seen = torch.ones(a.shape, dtype=torch.bool)
-    if a.mask is not None:
-        seen &= a.mask
-    if a.causal:
-        seen &= torch.ones(a.shape[2:], dtype=torch.bool).tril()
-    if a.segments is not None:
-        of = torch.searchsorted(a.segments, torch.arange(a.shape[2]), right=True)
-        seen &= of[:, None] == of[None]
-    return torch.softmax(logits.masked_fill(~seen, -math.inf), -1).nan_to_num(0)
-
-
 def close(found: Tensor, expected: Tensor) -> None:
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6, equal_nan=True)
@@ -96,7 +80,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @SIZES
 def test_statistics_of_rows_equal_dense_ones(a: Attention, max_bytes: int | None) -> None:
-    p = dense(a)
+    p = dense_of(a)
     assert p.max() > 0.5
     close(entropy(a, max_bytes=max_bytes), -(p * p.clamp_min(1e-300).log()).sum(-1))
     close(effective_rank(a, max_bytes=max_bytes), entropy(a).exp())
@@ -111,7 +95,7 @@ def test_statistics_of_rows_equal_dense_ones(a: Attention, max_bytes: int | None
 
 @SIZES
 def test_masses_by_kind_and_frame_equal_dense_ones(a: Attention, max_bytes: int | None) -> None:
-    p, key = dense(a), a.key_layout
+    p, key = dense_of(a), a.key_layout
     assert key is not None
     kinds = [key.locate(token).kind for token in range(a.shape[3])]
     found = special_mass(a, max_bytes=max_bytes)
@@ -134,7 +118,7 @@ def test_masses_by_kind_and_frame_equal_dense_ones(a: Attention, max_bytes: int 
 @SIZES
 def test_distances_equal_dense_ones(max_bytes: int | None) -> None:
     for a in (sharp(), masked()):
-        p, places = dense(a), [LAYOUT.locate(token) for token in range(N)]
+        p, places = dense_of(a), [LAYOUT.locate(token) for token in range(N)]
         expected = torch.full(a.shape[:3], math.nan, dtype=torch.float64)
         for q, query in enumerate(places):
             total = mass = torch.zeros(2, 4, dtype=torch.float64)
@@ -186,7 +170,7 @@ def test_dropped_and_merged_tokens_count_as_the_order_says() -> None:
     order = TokenOrder(tokens, members)
     site = replace(a.site, query_order=order, key_order=order)
     merged = Attention(query=a.query[:, :, :7], key=a.key[:, :, :7], site=site)
-    p = order.spread(dense(merged), N)  # (2, 4, 7, 30)
+    p = order.spread(dense_of(merged), N)  # (2, 4, 7, 30)
     kinds = [LAYOUT.locate(token).kind for token in range(N)]
     for kind, mass in special_mass(merged).items():
         close(mass, p[..., [one == kind for one in kinds]].sum(-1))
@@ -240,7 +224,7 @@ def test_a_planted_sink_is_found() -> None:
 
 def test_a_token_off_is_seen() -> None:
     a = sharp()
-    p = dense(a).roll(1, -1)
+    p = dense_of(a).roll(1, -1)
     with pytest.raises(AssertionError):
         close(received(a), p.sum(2))
     with pytest.raises(AssertionError):

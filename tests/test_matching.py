@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracle import dense_of
 from torch import Tensor
 
 from vistvis import Attention, SiteInfo, TokenLayout, open_run, save_run
@@ -87,26 +88,10 @@ def a(request: pytest.FixtureRequest, tmp_path: Path) -> Attention:
     return open_run(tmp_path / "run")["site"]
 
 
-def dense(a: Attention) -> Tensor:
-    """Another witness: torch's softmax over logits of its own, in float64."""
-    if a.weights is not None:
-        return a.weights.double()
-    logits = a.query.double() @ a.key.double().repeat_interleave(a.groups, 1).mT * a.scale
-    seen = torch.ones(a.shape, dtype=torch.bool)
-    if a.mask is not None:
-        seen &= a.mask
-    if a.causal:
-        seen &= torch.ones(a.shape[2:], dtype=torch.bool).tril()
-    if a.segments is not None:
-        of = torch.searchsorted(a.segments, torch.arange(a.shape[2]), right=True)
-        seen &= of[:, None] == of[None]
-    return torch.softmax(logits.masked_fill(~seen, -math.inf), -1).nan_to_num(0)
-
-
 def of_originals(a: Attention) -> Tensor:
     """Dense weights between original tokens; rows of dropped ones are NaN."""
     assert a.site is not None
-    p, site = dense(a), a.site
+    p, site = dense_of(a), a.site
     assert site.query_layout is not None
     assert site.key_layout is not None
     for order, count, dim in (
@@ -188,7 +173,7 @@ def test_correspondences_equal_loops_over_dense_weights(
     layouts = a.query_layout, a.key_layout
     assert layouts[0] is not None
     assert layouts[1] is not None
-    assert 0.3 < dense(a).amax(-1).mean() < 0.95
+    assert 0.3 < dense_of(a).amax(-1).mean() < 0.95
     p = of_originals(a)
     frames = (1, 0) if a.causal else (0, layouts[1].frames - 1)
     found = correspondence(a, *frames, how=how, max_bytes=max_bytes)
@@ -205,7 +190,7 @@ def test_correspondences_equal_loops_over_dense_weights(
 
 def test_a_mistake_is_seen() -> None:
     a = sharp()
-    p, layouts = dense(a), (LAYOUT, LAYOUT)
+    p, layouts = dense_of(a), (LAYOUT, LAYOUT)
     found = correspondence(a, 0, 1)
     back = pointed(p, layouts, (1, 0), "argmax")
     wrong = {
@@ -372,7 +357,7 @@ def fundamental(seed: int) -> np.ndarray:
 @pytest.mark.parametrize("how", ["argmax", "expected"])
 def test_sampson_distances_equal_loops(how: How) -> None:
     a = sharp()
-    there = pointed(dense(a), (LAYOUT, LAYOUT), (0, 1), how)
+    there = pointed(dense_of(a), (LAYOUT, LAYOUT), (0, 1), how)
     start = centres(torch.arange(12)).double().numpy()
     rates = []
     for seed in range(4):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracle import dense_of
 from safetensors import safe_open
 from torch import Tensor
 
@@ -47,10 +48,6 @@ def attention(
     return Attention(query=q, key=k, site=site)
 
 
-def dense(a: Attention) -> Tensor:
-    return torch.softmax(a.query.double() @ a.key.double().mT * a.scale, -1)
-
-
 def close(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
     torch.testing.assert_close(found, expected.to(found.dtype), rtol=0, atol=atol)
 
@@ -77,7 +74,7 @@ def test_view_scores_are_the_authors(golden: dict[str, Tensor], max_bytes: int |
 
 def test_view_maps_are_means_of_dense_weights(golden: dict[str, Tensor]) -> None:
     a = attention(golden)
-    p = dense(a)
+    p = dense_of(a)
     assert p.max() > 0.8
     result = robust_vggt.view_scores(a)
     mean = p[:, :, 5:P].mean((1, 2))
@@ -178,7 +175,7 @@ def test_maps_are_the_authors(golden: dict[str, Tensor], token: int) -> None:
     assert result.place.token == token
     assert "not attention" in result.label
     # With the scale of the softmax the map is the same, with the softmax it is not.
-    weights = LAYOUT.maps(dense(attention(golden))[0, :, token].mean(0))
+    weights = LAYOUT.maps(dense_of(attention(golden))[0, :, token].mean(0))
     scaled = (weights - weights.amin((1, 2), True)) / (
         weights.amax((1, 2), True) - weights.amin((1, 2), True)
     )
@@ -222,7 +219,7 @@ def test_recipes_run_on_the_small_vggt(tiny: tuple[Capture, Tensor], tmp_path: P
     captured, features = tiny
     save_run(captured, tmp_path / "run")
     run = open_run(tmp_path / "run")
-    last = dense(captured["global_block_3"])
+    last = dense_of(captured["global_block_3"])
     for source in (captured, run, dict(captured)):
         scores = robust_vggt.view_scores(source, features=features)
         close(scores.maps, LAYOUT.maps(last[:, :, 5:P].mean((1, 2))), 1e-7)

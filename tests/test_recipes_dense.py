@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from multiview import Dust3r
+from oracle import dense_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,10 +37,6 @@ def site(block: int, layout: TokenLayout = LAYOUT) -> SiteInfo:
 
 def attention(golden: dict[str, Tensor], block: int = 23) -> Attention:
     return Attention(query=golden["q"], key=golden["k"], site=site(block))
-
-
-def dense(a: Attention) -> Tensor:
-    return torch.softmax(a.query.double() @ a.key.double().mT * a.scale, -1)
 
 
 def close(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
@@ -109,7 +106,7 @@ def test_layer_entropy_equals_dense(golden: dict[str, Tensor]) -> None:
     }
     result = go_to_hunt.layer_entropy(captured, max_bytes=2000)
     assert result.blocks == (0, 5)
-    p = dense(captured["a"])
+    p = dense_of(captured["a"])
     entropy = -(p * p.log()).sum(-1).mean() / math.log(75)
     close(result.entropy, torch.tensor([[entropy, 1.0]]), 1e-6)
     close(result.top, torch.tensor([[p.amax(-1).mean(), 1 / 75]]), 1e-6)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracle import dense_of
 from test_matching import (
     OTHER,
     SITE,
     SOURCES,
     N,
-    dense,
     masked,
     of_originals,
     reordered,
@@ -81,7 +81,7 @@ def several(name: str) -> dict[str, Attention]:
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "reordered"])
 def test_heads_sites_and_queries_equal_loops(name: str, measure: Measure) -> None:
     items = several(name)
-    assert 0.3 < dense(items["one"]).amax(-1).mean() < 0.95
+    assert 0.3 < dense_of(items["one"]).amax(-1).mean() < 0.95
     p = {key: of_originals(a).numpy() for key, a in items.items()}
     found = similarity(items, measure=measure, samples=9, seed=3)
     queries = found.queries.numpy()

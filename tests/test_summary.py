@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_analysis import LAYOUT, SOURCES, N, dense, sharp
+from oracle import dense_of
+from test_analysis import LAYOUT, SOURCES, N, sharp
 from torch import Tensor
 
 import vistvis
@@ -50,7 +51,7 @@ def test_it_equals_the_single_functions(kind: str, max_bytes: int | None, tmp_pa
     one = found.where(site="one")
     assert one["batch"].tolist() == [0] * 4 + [1] * 4
     assert one["head"].tolist() == [0, 1, 2, 3] * 2
-    p = dense(a)
+    p = dense_of(a)
     same(one["entropy"], -(p * p.clamp_min(1e-300).log()).sum(-1).mean(-1))
     same(one["effective_rank"], entropy(a).exp().mean(-1))
     same(one["strongest"], p.amax(-1).mean(-1))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import dense_of
 from torch import Tensor
 
 from vistvis import Attention, SiteInfo, open_run, save_run
@@ -61,23 +62,11 @@ SIZES = pytest.mark.parametrize("max_bytes", [1, 2000, None])
 
 
 def dense(a: Attention) -> Tensor:
-    """Another witness: torch's softmax over logits of its own, in float64."""
-    if a.weights is not None:
-        return a.weights.double()
-    query, key = a.query.double(), a.key.double().repeat_interleave(a.groups, 1)
-    seen = torch.ones(a.shape, dtype=torch.bool)
-    rows, columns = torch.arange(a.shape[2])[:, None], torch.arange(a.shape[3])
-    if a.mask is not None:
-        seen &= a.mask
-    if a.causal:
-        seen &= columns <= rows
-    if a.mask_mod is not None:
-        seen &= columns <= rows + 3
-    if a.segments is not None:
-        of = torch.searchsorted(a.segments, columns, right=True)
-        seen &= of[:, None] == of[None]
-    logits = (query @ key.mT * a.scale).masked_fill(~seen, -math.inf)
-    return torch.softmax(logits, -1).nan_to_num(0)
+    """By torch, with what the function of indices above says."""
+    if a.mask_mod is None:
+        return dense_of(a)
+    columns = torch.arange(a.shape[3])
+    return dense_of(a, also=columns <= torch.arange(a.shape[2])[:, None] + 3)
 
 
 def values_of(a: Attention) -> Tensor:
