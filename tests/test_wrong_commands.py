@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from vistvis import cli
-from vistvis.commands import _options
+from vistvis.commands import _options, _sources
 from vistvis.errors import CheckpointError
 
 LONG = "9" * 5000
@@ -185,7 +185,7 @@ def test_a_hub_that_cannot_be_reached(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     constants = importlib.import_module("huggingface_hub.constants")
-    monkeypatch.setattr(_options, "hub_answers", lambda endpoint: False)
+    monkeypatch.setattr(_sources, "hub_answers", lambda endpoint: False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     before = time.perf_counter()
     assert cli.main(["demo", "--model", model, "--out", str(tmp_path / "out")]) == 2
@@ -198,8 +198,8 @@ def test_a_hub_that_cannot_be_reached(
 
 
 def test_other_faults_of_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_options, "hub_answers", lambda endpoint: False)
-    with pytest.raises(CheckpointError, match="damaged"), _options.from_hub("a/b"):
+    monkeypatch.setattr(_sources, "hub_answers", lambda endpoint: False)
+    with pytest.raises(CheckpointError, match="damaged"), _sources.from_hub("a/b"):
         raise CheckpointError("damaged")
 
 
@@ -210,12 +210,12 @@ def test_whether_a_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         server.bind(("127.0.0.1", 0))
         server.listen()
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        assert _options.hub_answers(address)
-    assert not _options.hub_answers(address)
+        assert _sources.hub_answers(address)
+    assert not _sources.hub_answers(address)
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(60))
-    assert not _options.hub_answers(address, seconds=0.05)
+    assert not _sources.hub_answers(address, seconds=0.05)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert _options.hub_answers(address)
+    assert _sources.hub_answers(address)
 
 
 def test_words_are_those_of_the_parts_that_use_them() -> None:

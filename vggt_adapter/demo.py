@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from vistvis.commands import _options
+from vistvis.commands import _options, _sources
 from vistvis.commands._wholes import whole_photos
 from vistvis.errors import InputError
 from vistvis.queries import TokenQuery, parse_query
@@ -174,15 +174,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `vistvis demo`; prints the strongest patch in every frame and where the files are."""
-    photos = _options.photos_of(arguments.images, arguments) if arguments.images else None
+    photos = _sources.photos_of(arguments.images, arguments) if arguments.images else None
     model = _load(arguments)
 
     from vggt_adapter.inputs import Query
     from vggt_adapter.steps import ask, load_pictures, patch_size_of, suggested
 
-    _options.check_size(arguments.size, patch_size_of(model))
+    _sources.check_size(arguments.size, patch_size_of(model))
     loaded = load_pictures(photos, model, size=arguments.size, mode=arguments.mode)
-    _options.say_crops(loaded.seen)
+    _sources.say_crops(loaded.seen)
     place, requested = _place(arguments, model, loaded)
     head = suggested(model, "head", 0) if arguments.head is None else arguments.head
     blocks = _blocks(model, arguments, head)
@@ -230,7 +230,7 @@ def _load(arguments: argparse.Namespace) -> nn.Module:
             f"--model {arguments.model}: no such file, and no name as the hub has them; take "
             "vggt:tiny, vggt:facebook/VGGT-1B or vggt:FILE"
         )
-    with _options.from_hub(arguments.model):
+    with _sources.from_hub(arguments.model):
         return load_model(name, device=arguments.device, dtype=arguments.dtype)
 
 

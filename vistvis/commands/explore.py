@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vistvis.commands import _options
+from vistvis.commands import _options, _sources
 from vistvis.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.serve:
         folder = arguments.folder
         check_page(folder / "index.html" if folder else arguments.out)
-    stored = _options.run_among(photos, arguments.model, done="shown")
+    stored = _sources.run_among(photos, arguments.model, done="shown")
     if stored is None:
         if arguments.against:
             raise InputError("--against goes with a run; store the photographs: vistvis store")
@@ -106,9 +106,9 @@ def _of_photos(arguments: argparse.Namespace) -> int:
     from vistvis.hooks.capture import capture
     from vistvis.views.plot import model_title
 
-    photos, model = _options.photos_of(arguments.photos, arguments), arguments.model or _MODEL
-    loaded = _options.load(model, arguments, photos)
-    _options.say_crops(loaded.photos)
+    photos, model = _sources.photos_of(arguments.photos, arguments), arguments.model or _MODEL
+    loaded = _sources.load(model, arguments, photos)
+    _sources.say_crops(loaded.photos)
     names = loaded.sites(arguments.sites or _suggested(loaded)).names
     with (
         capture(loaded.watched, names, keep="cpu", names=loaded.names) as captured,
@@ -118,7 +118,7 @@ def _of_photos(arguments: argparse.Namespace) -> int:
     return _show(
         arguments,
         captured,
-        images=_options.sharp_pictures(loaded),
+        images=_sources.sharp_pictures(loaded),
         names=[photo.name for photo in loaded.photos] or None,
         title=model_title(model),
         start=_start(loaded),

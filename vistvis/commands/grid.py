@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vistvis.commands import _options
+from vistvis.commands import _options, _sources
 from vistvis.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw, and print where."""
     query = arguments.query
     arguments.heads = "all" if "all" in arguments.head else arguments.head
-    stored = _options.run_among(arguments.photos, arguments.model, done="drawn")
+    stored = _sources.run_among(arguments.photos, arguments.model, done="drawn")
     figure, more = _of_photos(arguments) if stored is None else _of_run(arguments)
     for path in _paths(arguments, query.text if query else "middle"):
         print(f"wrote {figure.save(path)}")
@@ -116,15 +116,15 @@ def _of_photos(arguments: argparse.Namespace) -> tuple[NotebookFigure, str]:
     from vistvis.views.maps import pictures_of, scene_of
     from vistvis.views.plot import Gathered, Look, model_title
 
-    photos, model = _options.photos_of(arguments.photos, arguments), arguments.model
+    photos, model = _sources.photos_of(arguments.photos, arguments), arguments.model
     if not model:
         raise InputError("photographs need a model that sees them: --model vggt:tiny, or a run")
-    loaded = _options.load(model, arguments, photos)
+    loaded = _sources.load(model, arguments, photos)
     sites = loaded.sites(arguments.sites)
     _check_heads(arguments, [site.heads for site in sites])
     layout = TokenLayout.from_model(loaded.model, loaded.images)
     seen = _scene(loaded.photos, layout, arguments.batch)
-    _options.say_crops(seen)
+    _sources.say_crops(seen)
     query = _asked(arguments, layout, seen)
     gathered = Gathered(scene_of(layout, query, batch=arguments.batch))
     pictures = pictures_of(loaded.pictures, gathered.scene)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vistvis.commands import _options
+from vistvis.commands import _options, _sources
 from vistvis.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the model once for each head, print and draw the table."""
-    photos = _options.photos_of(arguments.images, arguments)
+    photos = _sources.photos_of(arguments.images, arguments)
     if len(photos) < 2:
         raise InputError(f"matching needs two photographs of one scene, got {len(photos)}")
 
     from vistvis.files import atomic_file
 
-    loaded = _options.load(arguments.model, arguments, photos)
-    _options.say_crops(loaded.photos)
+    loaded = _sources.load(arguments.model, arguments, photos)
+    _sources.say_crops(loaded.photos)
     if loaded.images.ndim != 5:
         raise InputError(
             f"--model {arguments.model}: this command needs a model of several views, as vggt:tiny"

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vistvis.commands import _options
+from vistvis.commands import _options, _sources
 from vistvis.errors import DisplayError, IndexOutOfRange, InputError
 from vistvis.queries import Pixel, TokenQuery, parse_query
 
@@ -139,7 +139,7 @@ def _open(arguments: argparse.Namespace) -> AttentionPath | Run:
     from vistvis.store import open_run
 
     folder = Path(arguments.source).expanduser()
-    if (folder / "attn").is_dir() and not _options.is_run(arguments.source):
+    if (folder / "attn").is_dir() and not _sources.is_run(arguments.source):
         full = folder.resolve()
         names = arguments.attn_file, arguments.input_file
         return AttentionPath(str(full.parent), full.name, *names)

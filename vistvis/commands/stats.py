@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vistvis.commands import _options
+from vistvis.commands import _options, _sources
 from vistvis.errors import InputError, LayoutError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vistvis.analysis import summarize
     from vistvis.store import open_run
 
-    stored = _options.run_among(arguments.photos, arguments.model, done="summarized")
+    stored = _sources.run_among(arguments.photos, arguments.model, done="summarized")
     with contextlib.ExitStack() as opened:
         other = opened.enter_context(open_run(arguments.against)) if arguments.against else None
         source = _of_photos(arguments) if stored is None else _of_run(stored, opened)
@@ -135,16 +135,16 @@ def _of_photos(arguments: argparse.Namespace) -> _Source:
 
     from vistvis.hooks.capture import capture
 
-    photos, model = _options.photos_of(arguments.photos, arguments), arguments.model or _MODEL
-    loaded = _options.load(model, arguments, photos)
-    _options.say_crops(loaded.photos)
+    photos, model = _sources.photos_of(arguments.photos, arguments), arguments.model or _MODEL
+    loaded = _sources.load(model, arguments, photos)
+    _sources.say_crops(loaded.photos)
     names = loaded.sites(arguments.sites).names
     with (
         capture(loaded.watched, names, keep="cpu", names=loaded.names) as captured,
         torch.no_grad(),
     ):
         loaded.model(loaded.images)
-    images = _options.sharp_pictures(loaded)
+    images = _sources.sharp_pictures(loaded)
     return _Source(captured, images, [photo.name for photo in loaded.photos])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vistvis.commands import _options
+from vistvis.commands import _options, _sources
 
 HELP = "run a model over pictures and store the queries and keys of its attention"
 
@@ -60,9 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     from vistvis.store import RunWriter, check_target, open_run, pass_id_of
 
     check_target(arguments.out)  # before a model is loaded for nothing
-    photos = _options.photos_of(arguments.images, arguments)
-    loaded = _options.load(arguments.model, arguments, photos)
-    _options.say_crops(loaded.photos)
+    photos = _sources.photos_of(arguments.images, arguments)
+    loaded = _sources.load(arguments.model, arguments, photos)
+    _sources.say_crops(loaded.photos)
     names = loaded.sites(arguments.sites).names
     pass_id = pass_id_of(
         loaded.model,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vistvis.commands import _options
+from vistvis.commands import _options, _sources
 from vistvis.commands._wholes import whole_photos
 from vistvis.errors import InputError, LayoutError, SiteError
 from vistvis.queries import TokenQuery, parse_query
@@ -82,14 +82,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     photos = _photos(arguments)
     name = _model(arguments)
-    loaded = _options.load(name, arguments, photos)
+    loaded = _sources.load(name, arguments, photos)
     sites = find_sites(loaded.model)
     if arguments.sites == []:
         print(sites)
         return 0
     names = loaded.sites(arguments.sites).names if arguments.sites else [_last(sites, arguments)]
     layout = _layout(loaded, arguments.size)
-    _options.say_crops(loaded.photos)
+    _sources.say_crops(loaded.photos)
     asked = arguments.query or parse_query("cls" if arguments.movie is None else "middle")
     token = asked.index(layout, to_model=loaded.to_model())
     for site in (site for site in sites if site.name in names):
@@ -126,7 +126,7 @@ def _movie(draw: _Drawing, photos: Sequence[Photo], names: list[str], token: int
     if len(names) > 1:
         raise InputError(f"--movie shows one site, got {len(names)}; name one with --sites")
     (site,) = names
-    plays = _options.plays(photos)
+    plays = _sources.plays(photos)
     tokens = [token] * len(photos) if plays else path_of(draw.layout, token)
     steps = [(one, number if plays else 0) for number, one in enumerate(tokens)]
     attention = draw.run_model(names)[site]
@@ -236,12 +236,12 @@ class _Drawing:
 
 def _photos(arguments: argparse.Namespace) -> list[Photo]:
     """The one picture that is meant; with `--movie`, all frames of a video."""
-    photos = _options.photos_of([arguments.photo], arguments)
+    photos = _sources.photos_of([arguments.photo], arguments)
     if arguments.batch is not None:
         if not arguments.batch < len(photos):
             raise InputError(f"--batch {arguments.batch} is outside 0…{len(photos) - 1}")
         return [photos[arguments.batch]]
-    if len(photos) > 1 and not (arguments.movie is not None and _options.plays(photos)):
+    if len(photos) > 1 and not (arguments.movie is not None and _sources.plays(photos)):
         raise InputError(
             f"{arguments.photo} has {len(photos)} pictures, and this command shows one: name it, "
             f"or choose with --batch 0…{len(photos) - 1}; vistvis grid shows all their heads"
@@ -298,7 +298,7 @@ def _layout(loaded: LoadedModel, size: int | None) -> TokenLayout:
 
     patch = getattr(getattr(loaded.model, "patch_embed", None), "patch_size", None)
     if patch is not None:
-        _options.check_size(size, int(patch[0]))
+        _sources.check_size(size, int(patch[0]))
     return TokenLayout.from_model(loaded.model, loaded.images)
 
 
