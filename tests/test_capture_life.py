@@ -193,7 +193,7 @@ def test_a_watched_model_is_not_scripted(model: Model) -> None:
 
 
 def test_an_interrupt_leaves_nothing_that_works_on() -> None:
-    left = {name: attempt() for name, attempt in tries(step=97)}
+    left = {name: attempt() for name, attempt in tries(step=149)}
     assert len(left) > 100
     assert not any(left.values()), [what for what in left.items() if what[1]]
 

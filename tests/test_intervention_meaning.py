@@ -107,6 +107,7 @@ def holds(table: KnockoutTable) -> None:
     assert abs(table.within_frames.tokens - table.undisturbed.tokens) < 0.05
 
 
+@pytest.mark.slow
 def test_no_head_alone_carries_the_matching(model: VGGT, batch: Any) -> None:
     holds(knockout_table(model, batch.images, truth=truth_of(batch)))
 
