@@ -10,11 +10,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from zoo import rendered_scenes
 
 from vggt_adapter import VGGT
 from vistvis import intervene
@@ -31,18 +31,7 @@ def model() -> VGGT:
 
 def rendered(count: int, views: int) -> Any:
     """Random scenes of photographs that the model was not trained on."""
-    free = pytest.importorskip("skimage.data")
-    import data
-
-    photos = [free.astronaut(), free.chelsea(), free.coffee(), free.rocket()]
-    made = [
-        data.render_scene(n, photos=photos, seed=9, views=views, planar_share=0.0, noise=0.0)
-        for n in range(count)
-    ]
-    scenes = data.Scenes.__new__(data.Scenes)  # its batches, without a folder
-    scenes.arrays = {key: np.stack([one[key] for one in made]) for key in made[0]}
-    scenes.size = scenes.arrays["images"].shape[2:4]
-    return scenes.batch(range(count), views=views, grid=GRID)
+    return rendered_scenes(count, views).batch(range(count), views=views, grid=GRID)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from zoo import rendered_scenes
 
 import vggt_adapter
 from vggt_adapter import VGGT, AttentionExtractor
@@ -141,19 +142,11 @@ def test_its_disparity_map_gives_the_same(model: VGGT) -> None:
 
 def rendered(count: int, views: int, size: int = 3) -> Any:
     """Random scenes of photographs that the model was not trained on."""
-    free = pytest.importorskip("skimage.data")
-    import data
     import evaluate
 
-    photos = [free.astronaut(), free.chelsea(), free.coffee(), free.rocket()]
-    made = [
-        data.render_scene(n, photos=photos, seed=9, views=views, planar_share=0.0, noise=0.0)
-        for n in range(count)
-    ]
-    scenes = data.Scenes.__new__(data.Scenes)  # its batches, without a folder
-    scenes.arrays = {key: np.stack([one[key] for one in made]) for key in made[0]}
-    scenes.size = scenes.arrays["images"].shape[2:4]
-    batches = list(scenes.batches(batch_size=size, views=views, grid=(16, 16)))
+    batches = list(
+        rendered_scenes(count, views).batches(batch_size=size, views=views, grid=(16, 16))
+    )
     return evaluate.Set("rendered", (16, 16), batches)
 
 

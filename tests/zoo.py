@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -348,3 +350,19 @@ class DepthAnythingLike(nn.Module):
             x = block(tokens.reshape(*shape, width), pos=pos.reshape(*shape, 2))
             tokens = x.view(batch, frames, count, width)
         return tokens
+
+
+def rendered_scenes(count: int, views: int) -> Any:
+    """Random scenes with known geometry, of photographs that the model was not trained on."""
+    free = pytest.importorskip("skimage.data")
+    import data
+
+    photos = [free.astronaut(), free.chelsea(), free.coffee(), free.rocket()]
+    made = [
+        data.render_scene(n, photos=photos, seed=9, views=views, planar_share=0.0, noise=0.0)
+        for n in range(count)
+    ]
+    scenes = data.Scenes.__new__(data.Scenes)  # its batches, without a folder
+    scenes.arrays = {key: np.stack([one[key] for one in made]) for key in made[0]}
+    scenes.size = scenes.arrays["images"].shape[2:4]
+    return scenes

@@ -36,14 +36,14 @@ def by_rows(
     attention: Attention,
     reduce: Callable[[Tensor], Tensor],
     *tail: int,
-    dtype: torch.dtype = torch.float64,
     max_bytes: int | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """`reduce` of blocks of rows `(b, h, q, Nk)` to `(b, h, q, *tail)`, put together."""
-    out = torch.empty(*attention.shape[:3], *tail, dtype=dtype, device=attention.device)
+    """`reduce` of blocks of rows `(b, h, q, Nk)` to `(b, h, q, *tail)`, put together, float64."""
+    shape = (*attention.shape[:3], *tail)
+    out = torch.empty(shape, dtype=torch.float64, device=attention.device)
     for index, weights in attention.row_blocks(max_bytes=max_bytes, progress=progress):
-        out[index] = reduce(weights.detach()).to(dtype)
+        out[index] = reduce(weights.detach()).double()
     return out
 
 
@@ -55,7 +55,6 @@ def entropy(a: Attention, *, max_bytes: int | None = None, progress: bool = Fals
 
     Cost: all rows once, `B·h·Nq·Nk·d` multiply-adds.
     """
-
     out = torch.empty(a.shape[:3], dtype=torch.float64, device=a.device)
     for rows in walk(a, entropy=True, max_bytes=max_bytes, progress=progress):
         out[rows.index] = rows.entropy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -234,16 +235,12 @@ class _Numbers:
         columns = self._lines(queries)
         heads = self.a.shape[0] * self.a.shape[1]
         columns["query"] = np.tile(np.arange(queries), heads)
-        try:
+        tokens = frame = torch.full((self.a.shape[0], queries), -1)
+        with contextlib.suppress(LayoutError):
             side = Side.of(self.a, "query")
             tokens = side.originals().expand(self.a.shape[0], -1)
-        except LayoutError:
-            tokens = torch.full((self.a.shape[0], queries), -1)
-            places = []
-        else:
-            places = [side.layout.locate(token) for token in range(side.layout.num_tokens)]
-        frames = torch.tensor([-1 if p.frame is None else p.frame for p in places] or [-1])
-        frame = torch.where(tokens < 0, -1, frames[tokens.clamp_min(0)])
+            known = tokens.clamp_min(0)  # groups are 2 · frame and more, −1 of no frame
+            frame = torch.where(tokens < 0, -1, side.groups()[known] // 2)
         for name, values in (("token", tokens), ("frame", frame)):
             columns[name] = _flat(values[:, None].expand(self.a.shape[:3]))
         return columns | {name: _flat(values) for name, values in self.by_query.items()}

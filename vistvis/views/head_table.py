@@ -21,7 +21,7 @@ from vistvis.views.figures import (
     text_width,
     wrap,
 )
-from vistvis.views.painting import CMAP, as_array, colour_map
+from vistvis.views.painting import CMAP, LUMA, as_array, colour_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,7 +116,7 @@ def _cells(
     axes.imshow(np.ma.masked_invalid(grid), norm=scale, cmap=cmap, aspect="auto")
     for (row, column), text in zip(np.ndindex(grid.shape), texts, strict=True):
         if np.isfinite(grid[row, column]):
-            light = np.dot(cmap(scale(grid[row, column]))[:3], (0.299, 0.587, 0.114))
+            light = np.dot(cmap(scale(grid[row, column]))[:3], LUMA)
             colour = "black" if light > 0.5 else "white"
             axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=_CELL)
     axes.set_xticks(range(grid.shape[1]), map(str, range(grid.shape[1])), fontsize=_CELL, color=INK)

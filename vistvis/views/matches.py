@@ -23,7 +23,7 @@ from vistvis.views.figures import (
     text_height,
     wrap,
 )
-from vistvis.views.painting import CMAP
+from vistvis.views.painting import CMAP, LUMA
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -40,7 +40,6 @@ _EDGE, _BETWEEN, _BAR, _BAR_SPACE, _PICTURE = 0.12, 0.12, 0.13, 0.78, 4.2
 _LOWER = 0.3
 # Pictures are grey and so dark, so that lines stand out.
 _DIMMED, _GROUND = 0.62, "#0b0b0f"
-_LUMA = (0.299, 0.587, 0.114)
 
 
 def match_lines(
@@ -200,7 +199,7 @@ def _centres(places: NDArray[Any], layout: TokenLayout) -> NDArray[np.float64]:
 
 def _dimmed(picture: Values) -> NDArray[np.float32]:
     """Grey and dark, `(H, W, 3)`."""
-    grey = to_unit(picture) @ np.array(_LUMA, np.float32)
+    grey = to_unit(picture) @ np.array(LUMA, np.float32)
     if grey.ndim != 2:
         raise InputError(f"a picture is (3, H, W), got {tuple(np.shape(picture))}")
     dimmed: NDArray[np.float32] = grey[..., None].repeat(3, -1) * np.float32(_DIMMED)

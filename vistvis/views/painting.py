@@ -39,7 +39,7 @@ _DARK = 0.15
 # Weights below a millionth of the largest are one colour on a log scale: they differ in rounding.
 _LOG_DECADES = 6
 _LEVELS = 256
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
 
 
 def resize(maps: Values, size: tuple[int, int]) -> NDArray[np.float32]:
@@ -212,7 +212,7 @@ def lay_over(
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha is an opacity from 0 to 1, got {alpha}")
     colours = colour_map(cmap)(normalizer(heat))[..., :3].astype(np.float32)
-    grey = (picture @ np.array(_LUMA, np.float32) * np.float32(1 - alpha))[..., None]
+    grey = (picture @ np.array(LUMA, np.float32) * np.float32(1 - alpha))[..., None]
     laid: NDArray[np.uint8] = np.rint(255 * (colours + (1 - colours) * grey)).astype(np.uint8)
     return laid
 

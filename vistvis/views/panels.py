@@ -24,7 +24,7 @@ from vistvis.views.figures import (
     text_width,
     wrap,
 )
-from vistvis.views.painting import colour_map, is_clipped
+from vistvis.views.painting import LUMA, colour_map, is_clipped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -232,7 +232,7 @@ def _cells(
     if room + 0.05 > cell[0]:
         return
     for (row, col), text in texts.items():
-        light = _luminance(cmap(normalizer(shown[row, col]))) > 0.45
+        light = np.dot(cmap(normalizer(shown[row, col]))[:3], LUMA) > 0.45
         style: dict[str, Any] = {"fontsize": letters, "ha": "center", "va": "center_baseline"}
         axes.text(col, row, text, color=INK if light else "white", **style)
 
@@ -249,7 +249,3 @@ def _form(values: NDArray[np.float64]) -> str:
     most = np.abs(values).max()
     digits = 1 + (most >= 1) - math.floor(math.log10(most))
     return f"{{:{'+' * bool(values.min() < 0)}.{min(max(digits, 0), 5)}f}}"
-
-
-def _luminance(colour: Sequence[float]) -> float:
-    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
